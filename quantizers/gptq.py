@@ -1,0 +1,318 @@
+"""GPTQ checkpoints, as AutoGPTQ and GPTQModel write them.
+
+Stored tensors of a layer: ``qweight`` (in * bits / 32, out) int32, ``qzeros``
+(groups, out * bits / 32) int32, ``scales`` (groups, out) fp16, ``g_idx`` (in,) int32 and, if the
+layer has one, ``bias`` (out,). ``W[o, i] = scales[g_idx[i], o] * (codes[i, o] - zeros[g_idx[i], o])``.
+
+Zero points: ``gptq_v2`` stores them as they are, ``gptq`` (v1) stores the packed words minus a
+constant that subtracts one from every element. Reading v1 adds the same constant to the whole
+word, so that a borrow between elements is undone as well.
+
+Source: AutoGPTQ 9f7d370, ``auto_gptq/nn_modules/qlinear/qlinear_cuda.py``; GPTQModel f4c327a,
+``utils/model.py`` for the constants.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import torch
+from jaxtyping import Float, Int, Shaped, UInt8
+from torch import Tensor
+
+from quantizers import packing
+from quantizers.errors import FormatError
+
+QUANT_METHOD = "gptq"
+SCALE_ROLE = "scales"
+SCALE_ROLES = frozenset({"scales"})
+
+# What v1 subtracts from each packed word. 3 bits: three words hold one run. AutoGPTQ subtracts one
+# from each element of the stream; GPTQModel uses the same three constants in the reverse order.
+_V1_CONSTANTS = {2: (0x55555555,), 4: (0x11111111,), 8: (0x01010101,)}
+_V1_CONSTANTS_3BIT = {
+    "auto_gptq": (0x49249249, 0x92492492, 0x24924924),
+    "gptqmodel": (0x24924924, 0x92492492, 0x49249249),
+}
+
+
+@dataclass(frozen=True)
+class GPTQSpec:
+    """What the config says about every quantized layer.
+
+    Attributes:
+        bits: Width of a code.
+        group_size: Input columns sharing one scale; -1 for a single group.
+        is_symmetric: All zero points are ``2 ** (bits - 1)``.
+        checkpoint_format: ``gptq`` (v1 zero points) or ``gptq_v2``.
+        writer: ``auto_gptq`` or ``gptqmodel``; they differ in 3-bit v1 zero points.
+    """
+
+    bits: int
+    group_size: int
+    is_symmetric: bool
+    checkpoint_format: str
+    writer: str
+
+    @property
+    def v1_constants(self) -> tuple[int, ...]:
+        """What v1 subtracts from the words of one run."""
+        return _V1_CONSTANTS_3BIT[self.writer] if self.bits == 3 else _V1_CONSTANTS[self.bits]
+
+
+def spec(config: Mapping[str, Any]) -> GPTQSpec:
+    """Read a ``quantization_config`` (or ``quantize_config.json``).
+
+    Raises:
+        FormatError: A value is missing or is one that this reader does not know.
+    """
+    bits = _integer(config, "bits")
+    if bits not in packing.BITS:
+        raise FormatError(f"bits: expected one of {packing.BITS}, got {bits}")
+    group_size = _integer(config, "group_size")
+    if group_size != -1 and group_size < 1:
+        raise FormatError(f"group_size: expected -1 or a positive integer, got {group_size}")
+    checkpoint_format = config.get("checkpoint_format", config.get("format", "gptq"))
+    if checkpoint_format not in {"gptq", "gptq_v2"}:
+        raise FormatError(
+            f"checkpoint_format: expected 'gptq' or 'gptq_v2', got {checkpoint_format!r}; "
+            "convert the checkpoint to one of them"
+        )
+    if config.get("pack_dtype", "int32") != "int32":
+        raise FormatError(f"pack_dtype: expected 'int32', got {config['pack_dtype']!r}")
+    overrides = [name for name in config.get("dynamic") or {} if not name.startswith("-:")]
+    if overrides:
+        raise FormatError(
+            f"dynamic: expected the same bits and group size in every layer, got overrides for "
+            f"{overrides[0]!r}"
+        )
+    is_symmetric = bool(config.get("sym", True))  # old files without the field are symmetric
+    return GPTQSpec(bits, group_size, is_symmetric, checkpoint_format, _writer(config))
+
+
+def _integer(config: Mapping[str, Any], key: str) -> int:
+    value = config.get(key)
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise FormatError(f"{key}: expected an integer in the quantization config, got {value!r}")
+    return value
+
+
+def _writer(config: Mapping[str, Any]) -> str:
+    quantizer = (config.get("meta") or {}).get("quantizer", "")
+    return "gptqmodel" if "gptqmodel" in str(quantizer) else "auto_gptq"
+
+
+def layer_names(keys: Iterable[str]) -> list[str]:
+    """Return the quantized layers among the keys of a checkpoint, in order."""
+    return [key.removesuffix(".qweight") for key in keys if key.endswith(".qweight")]
+
+
+def tensor_names(layer: str, spec: GPTQSpec) -> dict[str, str]:
+    """Return the keys of one layer by role; ``g_idx`` may be absent."""
+    return {role: f"{layer}.{role}" for role in ("qweight", "qzeros", "scales", "g_idx")}
+
+
+@dataclass(frozen=True)
+class GPTQWeight:
+    """One layer in its file layout; see ``QuantizedWeight``."""
+
+    qweight: Int[Tensor, "packed_in out"]
+    zeros: int | UInt8[Tensor, "groups out"]  # one number where all are equal
+    file_scales: Float[Tensor, "groups out"]
+    group_index: Int[Tensor, " in"] | None  # None: consecutive groups of equal size
+    bits: int
+    in_features: int
+    blocks_cross_rows = False
+
+    @property
+    def out_features(self) -> int:
+        """Rows of the matrix."""
+        return self.qweight.shape[1]
+
+    @property
+    def scales(self) -> Float[Tensor, "out groups"]:
+        """Scales of the file, a transposed view."""
+        return self.file_scales.T
+
+    def decode(self, rows: slice, buffer: Float[Tensor, " n"]) -> Float[Tensor, "rows in"]:
+        """Write ``codes - zeros`` of some rows into the buffer; see ``QuantizedWeight``."""
+        words = self.qweight[:, rows]
+        decoded = buffer[: self.in_features * words.shape[1]].view(self.in_features, -1)
+        packing.unpack_into(words, self.bits, decoded)
+        if isinstance(self.zeros, int):
+            return decoded.sub_(self.zeros).T
+        self._by_group(decoded).sub_(self._expand(self.zeros[:, rows]))
+        return decoded.T
+
+    def apply_scales(
+        self,
+        decoded: Float[Tensor, "rows in"],
+        scales: Float[Tensor, "out groups"],
+        rows: slice,
+        buffer: Float[Tensor, " n"],
+    ) -> Float[Tensor, "rows in"]:
+        """Multiply decoded rows by their scales; see ``QuantizedWeight``."""
+        product = buffer[: decoded.numel()].view(self.in_features, -1)
+        group_scales = self._expand(scales[rows].T)
+        torch.mul(self._by_group(decoded.T), group_scales, out=self._by_group(product))
+        return product.T
+
+    def to(self, device: torch.device) -> Self:
+        """Return the same weight with its tensors on another device."""
+        index = None if self.group_index is None else self.group_index.to(device)
+        return replace(
+            self,
+            qweight=self.qweight.to(device),
+            zeros=self.zeros if isinstance(self.zeros, int) else self.zeros.to(device),
+            file_scales=self.file_scales.to(device),
+            group_index=index,
+        )
+
+    def _by_group(self, matrix: Float[Tensor, "in rows"]) -> Float[Tensor, "..."]:
+        if self.group_index is not None:
+            return matrix
+        groups = self.file_scales.shape[0]
+        return matrix.view(groups, self.in_features // groups, -1)
+
+    def _expand(self, values: Shaped[Tensor, "groups rows"]) -> Shaped[Tensor, "..."]:
+        if self.group_index is not None:
+            return values[self.group_index]
+        return values[:, None]
+
+
+def unpack(tensors: Mapping[str, Tensor], spec: GPTQSpec, layer: str) -> GPTQWeight:
+    """Check the tensors of one layer (by role) and give them their meaning.
+
+    Raises:
+        FormatError: A tensor is missing, has another shape or dtype than the config says, or a
+            scale or group index is out of range.
+    """
+    _check_present(tensors, layer)
+    qweight, scales = tensors["qweight"], tensors["scales"]
+    _check(layer, "qweight", qweight, dtypes=(torch.int32,), shape=(None, None))
+    run, words = packing.run_length(spec.bits), packing.words_per_run(spec.bits)
+    in_features, out_features = qweight.shape[0] * run // words, qweight.shape[1]
+    if qweight.shape[0] % words or not qweight.numel():
+        raise FormatError(f"{layer}.qweight: expected whole runs of words, got {qweight.shape[0]}")
+    group_size = in_features if spec.group_size == -1 else spec.group_size
+    groups = -(-in_features // group_size)
+    floats = (torch.float16, torch.bfloat16, torch.float32)
+    _check(layer, "scales", scales, dtypes=floats, shape=(groups, out_features), spec=spec)
+    packed_out = -(-out_features // run) * words
+    _check(
+        layer, "qzeros", tensors["qzeros"], dtypes=(torch.int32,), shape=(groups, packed_out),
+        spec=spec,
+    )  # fmt: skip
+    if not torch.isfinite(scales).all():
+        raise FormatError(f"{layer}.scales: expected finite values, got NaN or infinity")
+    index = _group_index(tensors.get("g_idx"), layer, in_features, group_size, groups)
+    zeros = unpack_zeros(tensors["qzeros"], spec, out_features)
+    first = int(zeros[0, 0])
+    is_uniform = bool((zeros == first).all())
+    return GPTQWeight(
+        qweight, first if is_uniform else zeros, scales, index, spec.bits, in_features
+    )
+
+
+def _check_present(tensors: Mapping[str, Tensor], layer: str) -> None:
+    for role in ("qweight", "qzeros", "scales"):
+        if role not in tensors:
+            raise FormatError(f"{layer}.{role}: expected this tensor in the checkpoint, not found")
+
+
+def _check(
+    layer: str,
+    role: str,
+    tensor: Tensor,
+    *,
+    dtypes: tuple[torch.dtype, ...],
+    shape: tuple[int | None, ...],
+    spec: GPTQSpec | None = None,
+) -> None:
+    if tensor.dtype not in dtypes:
+        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        got = str(tensor.dtype).removeprefix("torch.")
+        raise FormatError(f"{layer}.{role}: expected dtype {names}, got {got}")
+    fits = len(shape) == tensor.dim() and all(
+        want in (None, got) for want, got in zip(shape, tensor.shape, strict=True)
+    )
+    if not fits:
+        hint = "" if spec is None else f"; are bits {spec.bits}, group_size {spec.group_size} right?"
+        want = tuple("any" if size is None else size for size in shape)
+        raise FormatError(f"{layer}.{role}: expected shape {want}, got {tuple(tensor.shape)}{hint}")
+
+
+def _group_index(
+    stored: Tensor | None, layer: str, in_features: int, group_size: int, groups: int
+) -> Int[Tensor, " in"] | None:
+    """Return the group of every input, or None where groups are consecutive and equal."""
+    plain = torch.arange(in_features) // group_size
+    is_even = in_features % group_size == 0
+    if stored is None:
+        return None if is_even else plain
+    _check(layer, "g_idx", stored, dtypes=(torch.int32, torch.int64), shape=(in_features,))
+    index = stored.to(torch.int64)
+    if torch.equal(index.cpu(), plain) and is_even:
+        return None
+    if index.min() < 0 or index.max() >= groups:
+        raise FormatError(
+            f"{layer}.g_idx: expected groups 0 to {groups - 1}, got {int(index.min())} to "
+            f"{int(index.max())}"
+        )
+    return index
+
+
+def unpack_zeros(
+    qzeros: Int[Tensor, "groups packed_out"], spec: GPTQSpec, out_features: int
+) -> UInt8[Tensor, "groups out"]:
+    """Return the zero points of every group and output."""
+    words = qzeros.T.contiguous()  # packed along the outputs: unpack along the first axis
+    if spec.checkpoint_format == "gptq":
+        words = _add_v1_constants(words, spec, sign=1)
+    zeros = torch.empty(out_features, qzeros.shape[0], dtype=torch.float32, device=qzeros.device)
+    packing.unpack_into(words, spec.bits, zeros)
+    return zeros.T.to(torch.uint8).contiguous()
+
+
+def _add_v1_constants(
+    words: Int[Tensor, "packed groups"], spec: GPTQSpec, *, sign: int
+) -> Int[Tensor, "packed groups"]:
+    constants = torch.tensor(spec.v1_constants, dtype=torch.int64, device=words.device)
+    tiled = constants.repeat(words.shape[0] // len(constants))[:, None]
+    return packing.as_int32((words.to(torch.int64) + sign * tiled) & 0xFFFFFFFF)
+
+
+def pack_codes(codes: Int[Tensor, "in out"], bits: int) -> Int[Tensor, "packed_in out"]:
+    """Pack codes ``0 .. 2**bits - 1`` into ``qweight``."""
+    return packing.pack(codes, bits)
+
+
+def pack_zeros(
+    zeros: Int[Tensor, "groups out"], spec: GPTQSpec
+) -> Int[Tensor, "groups packed_out"]:
+    """Pack zero points into ``qzeros``, minus one in v1; the inverse of ``unpack_zeros``."""
+    words = packing.pack(zeros.T.contiguous(), spec.bits)
+    if spec.checkpoint_format == "gptq":
+        words = _add_v1_constants(words, spec, sign=-1)
+    return words.T.contiguous()
+
+
+def repack_scales(
+    tensors: Mapping[str, Tensor], scales: Float[Tensor, "out groups"], layer: str
+) -> dict[str, Tensor]:
+    """Return the stored tensors of one layer (by role) with other scales, rounded to their dtype.
+
+    Raises:
+        FormatError: A scale is not finite or does not fit fp16.
+    """
+    stored = tensors["scales"]
+    largest = scales.abs().max().item()
+    limit = torch.finfo(stored.dtype).max
+    if not largest <= limit:  # also true for NaN
+        raise FormatError(f"{layer}.scales: expected finite values up to {limit:g}, got {largest}")
+    return {**tensors, "scales": scales.T.to(stored.dtype).contiguous()}
+
+
+def export_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the quantization config of an exported checkpoint: the same."""
+    return dict(config)

@@ -1,0 +1,262 @@
+"""bitsandbytes NF4 and FP4 checkpoints, as transformers writes them.
+
+Stored tensors of a layer: ``weight`` (out * in / 2, 1) bytes in any dtype, two codes a byte with
+the first in the high half, the matrix flattened row by row; ``weight.absmax`` (blocks,) fp32, one
+for each block of the flattened matrix; ``weight.quant_map`` (16,) fp32;
+``weight.quant_state.bitsandbytes__nf4`` (or ``__fp4``), JSON in bytes; and ``bias``.
+``W.flatten()[i] = quant_map[codes[i]] * absmax[i // blocksize]``.
+
+Double quantization stores ``absmax`` as uint8: ``absmax[b] = nested_quant_map[u8[b]] *
+nested_absmax[b // nested_blocksize] + nested_offset``. It is un-nested to fp32 when read, which is
+exact, and written back un-nested, since nesting again would round.
+
+Source: bitsandbytes 95f9af3, ``bitsandbytes/functional.py`` (``QuantState.as_dict``).
+"""
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from quantizers.errors import FormatError
+
+QUANT_METHOD = "bitsandbytes"
+SCALE_ROLE = "absmax"
+SCALE_ROLES = frozenset({"absmax", "nested_absmax", "nested_quant_map", "quant_state"})
+
+_STATE_MARK = ".weight.quant_state.bitsandbytes__"
+_STATE_BYTES_MAX = 4096
+_NESTED_FIELDS = ("nested_blocksize", "nested_dtype", "nested_offset")
+
+
+@dataclass(frozen=True)
+class NF4Spec:
+    """What the config says about every quantized layer; the rest stands in each quant_state.
+
+    Attributes:
+        quant_type: ``nf4`` or ``fp4``.
+    """
+
+    quant_type: str
+
+
+def spec(config: Mapping[str, Any]) -> NF4Spec:
+    """Read a ``quantization_config``.
+
+    Raises:
+        FormatError: The checkpoint is bitsandbytes, but not of 4 bits.
+    """
+    if not (config.get("load_in_4bit") or config.get("_load_in_4bit")):
+        raise FormatError(
+            "load_in_4bit: expected true, got false; bitsandbytes checkpoints of 8 bits have no "
+            "continuous group scales to train"
+        )
+    quant_type = config.get("bnb_4bit_quant_type", "fp4")
+    if quant_type not in {"nf4", "fp4"}:
+        raise FormatError(f"bnb_4bit_quant_type: expected 'nf4' or 'fp4', got {quant_type!r}")
+    return NF4Spec(quant_type)
+
+
+def layer_names(keys: Iterable[str]) -> list[str]:
+    """Return the quantized layers among the keys of a checkpoint, in order."""
+    return [key.split(_STATE_MARK)[0] for key in keys if _STATE_MARK in key]
+
+
+def tensor_names(layer: str, spec: NF4Spec) -> dict[str, str]:
+    """Return the keys of one layer by role; the nested ones exist under double quantization."""
+    names = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
+    return {
+        "weight": f"{layer}.weight",
+        **{role: f"{layer}.weight.{role}" for role in names},
+        "quant_state": f"{layer}{_STATE_MARK}{spec.quant_type}",
+    }
+
+
+@dataclass(frozen=True)
+class NF4Weight:
+    """One layer in its file layout; see ``QuantizedWeight``."""
+
+    packed: UInt8[Tensor, " bytes"]
+    codebook: Float[Tensor, " 16"]
+    absmax: Float[Tensor, " blocks"]
+    out_features: int
+    in_features: int
+    blocksize: int
+
+    @property
+    def blocks_cross_rows(self) -> bool:
+        """True where the input size is no multiple of the block."""
+        return self.in_features % self.blocksize != 0
+
+    @property
+    def scales(self) -> Float[Tensor, "out groups"]:
+        """absmax of the file as ``(out, groups)``, or ``(1, blocks)`` where blocks cross rows."""
+        return self.absmax.view(1 if self.blocks_cross_rows else self.out_features, -1)
+
+    def decode(self, rows: slice, buffer: Float[Tensor, " n"]) -> Float[Tensor, "rows in"]:
+        """Write ``codebook[codes]`` of some rows into the buffer; see ``QuantizedWeight``."""
+        start, stop = rows.start * self.in_features, rows.stop * self.in_features
+        data = self.packed[start // 2 : -(-stop // 2)]
+        halves = torch.stack((data >> 4, data & 15), dim=1).view(-1)[start % 2 :][: stop - start]
+        decoded = buffer[: stop - start]
+        torch.index_select(self.codebook, 0, halves.to(torch.int32), out=decoded)
+        return decoded.view(-1, self.in_features)
+
+    def apply_scales(
+        self,
+        decoded: Float[Tensor, "rows in"],
+        scales: Float[Tensor, "out groups"],
+        rows: slice,
+        buffer: Float[Tensor, " n"],
+    ) -> Float[Tensor, "rows in"]:
+        """Multiply decoded rows by their scales; see ``QuantizedWeight``."""
+        product = buffer[: decoded.numel()]
+        if self.blocks_cross_rows:
+            start = rows.start * self.in_features
+            blocks = torch.arange(start, start + decoded.numel(), device=scales.device)
+            expanded = scales.reshape(-1)[blocks // self.blocksize]
+            torch.mul(decoded.reshape(-1), expanded, out=product)
+        else:
+            by_block = (decoded.shape[0], -1, self.blocksize)
+            torch.mul(decoded.view(by_block), scales[rows, :, None], out=product.view(by_block))
+        return product.view(-1, self.in_features)
+
+    def to(self, device: torch.device) -> Self:
+        """Return the same weight with its tensors on another device."""
+        return replace(
+            self,
+            packed=self.packed.to(device),
+            codebook=self.codebook.to(device),
+            absmax=self.absmax.to(device),
+        )
+
+
+def unpack(tensors: Mapping[str, Tensor], spec: NF4Spec, layer: str) -> NF4Weight:
+    """Check the tensors of one layer (by role) and give them their meaning.
+
+    Raises:
+        FormatError: A tensor is missing, or contradicts the quant_state.
+    """
+    for role in ("weight", "absmax", "quant_map", "quant_state"):
+        if role not in tensors:
+            key = tensor_names(layer, spec)[role]
+            raise FormatError(f"{key}: expected this tensor in the checkpoint, not found")
+    state = read_quant_state(tensors["quant_state"], layer)
+    out_features, in_features = state["shape"]
+    blocksize = state["blocksize"]
+    packed = tensors["weight"].contiguous().view(-1).view(torch.uint8)
+    num_bytes = -(-out_features * in_features // 2)
+    if packed.numel() != num_bytes:
+        raise FormatError(
+            f"{layer}.weight: expected {num_bytes} bytes for shape {(out_features, in_features)}, "
+            f"got {packed.numel()}"
+        )
+    if tensors["quant_map"].numel() != 16:
+        raise FormatError(
+            f"{layer}.weight.quant_map: expected 16 values, got {tensors['quant_map'].numel()}"
+        )
+    absmax = _fp32_absmax(tensors, state, layer)
+    num_blocks = -(-out_features * in_features // blocksize)
+    if absmax.numel() != num_blocks:
+        raise FormatError(
+            f"{layer}.weight.absmax: expected {num_blocks} values for blocksize {blocksize}, "
+            f"got {absmax.numel()}"
+        )
+    if not torch.isfinite(absmax).all():
+        raise FormatError(f"{layer}.weight.absmax: expected finite values, got NaN or infinity")
+    codebook = tensors["quant_map"].float()
+    return NF4Weight(packed, codebook, absmax, out_features, in_features, blocksize)
+
+
+def read_quant_state(stored: Tensor, layer: str) -> dict[str, Any]:
+    """Parse the JSON in a ``quant_state`` tensor and check its fields.
+
+    Raises:
+        FormatError: The bytes are no JSON object, or a field has an impossible value.
+    """
+    name = f"{layer}.weight.quant_state"
+    if stored.dtype != torch.uint8 or stored.numel() > _STATE_BYTES_MAX:
+        raise FormatError(f"{name}: expected up to {_STATE_BYTES_MAX} bytes of JSON")
+    try:
+        state = json.loads(bytes(stored.cpu().numpy().tobytes()).decode("utf-8"))
+    except ValueError as error:
+        raise FormatError(f"{name}: expected JSON, got {error}") from error
+    if not isinstance(state, dict):
+        raise FormatError(f"{name}: expected a JSON object, got {type(state).__name__}")
+    shape, blocksize = state.get("shape"), state.get("blocksize")
+    is_matrix = (
+        isinstance(shape, list)
+        and len(shape) == 2
+        and all(isinstance(size, int) and size > 0 for size in shape)
+    )
+    if not is_matrix:
+        raise FormatError(f"{name}: expected a shape of two sizes, got {shape!r}")
+    if not (isinstance(blocksize, int) and blocksize > 0):
+        raise FormatError(f"{name}: expected a positive blocksize, got {blocksize!r}")
+    return state
+
+
+def _fp32_absmax(
+    tensors: Mapping[str, Tensor], state: Mapping[str, Any], layer: str
+) -> Float[Tensor, " blocks"]:
+    stored = tensors["absmax"].reshape(-1)
+    if stored.dtype.is_floating_point:
+        return stored.float()
+    for role in ("nested_absmax", "nested_quant_map"):
+        if role not in tensors:
+            raise FormatError(
+                f"{layer}.weight.{role}: expected this tensor beside a uint8 absmax, not found"
+            )
+    blocksize, offset = state.get("nested_blocksize"), state.get("nested_offset")
+    is_valid = (
+        isinstance(blocksize, int)
+        and blocksize > 0
+        and isinstance(offset, int | float)
+        and math.isfinite(offset)
+    )
+    if not is_valid:
+        raise FormatError(
+            f"{layer}.weight.quant_state: expected nested_blocksize and nested_offset, got "
+            f"{blocksize!r} and {offset!r}"
+        )
+    nested_absmax, codebook = tensors["nested_absmax"].float(), tensors["nested_quant_map"].float()
+    blocks = torch.arange(stored.numel()) // blocksize
+    if codebook.numel() != 256 or nested_absmax.numel() != -(-stored.numel() // blocksize):
+        raise FormatError(
+            f"{layer}.weight.nested_absmax: expected one value for {blocksize} blocks, got "
+            f"{nested_absmax.numel()} for {stored.numel()}"
+        )
+    return codebook[stored.int()] * nested_absmax[blocks] + offset
+
+
+def repack_scales(
+    tensors: Mapping[str, Tensor], scales: Float[Tensor, "out groups"], layer: str
+) -> dict[str, Tensor]:
+    """Return the stored tensors of one layer (by role), un-nested, with other scales.
+
+    Raises:
+        FormatError: A scale is not finite.
+    """
+    if not torch.isfinite(scales).all():
+        raise FormatError(f"{layer}.weight.absmax: expected finite values, got NaN or infinity")
+    kept = {role: tensor for role, tensor in tensors.items() if not role.startswith("nested")}
+    kept["absmax"] = scales.reshape(-1).to(torch.float32).contiguous()
+    if "nested_absmax" in tensors:
+        kept["quant_state"] = _without_nesting(tensors["quant_state"], layer)
+    return kept
+
+
+def _without_nesting(stored: Tensor, layer: str) -> Tensor:
+    state = read_quant_state(stored, layer)
+    plain = {key: value for key, value in state.items() if key not in _NESTED_FIELDS}
+    return torch.tensor(list(json.dumps(plain).encode("utf-8")), dtype=torch.uint8)
+
+
+def export_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the quantization config of an exported checkpoint: no double quantization."""
+    return {**config, "bnb_4bit_use_double_quant": False}

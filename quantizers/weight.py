@@ -1,0 +1,66 @@
+"""What every 4-bit format comes down to: ``W = scales * (codebook[codes] - zeros)``.
+
+A format unpacks the tensors of one layer into an object of this shape. The codes stay where they
+lie, usually in the pages of a memory-mapped file; they become numbers only a block of output rows
+at a time, in a buffer that the caller owns.
+
+Shapes: ``out`` and ``in`` are the sizes of the linear layer, ``groups`` the scales of one row.
+"""
+
+from typing import Protocol, Self
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+class QuantizedWeight(Protocol):
+    """A quantized matrix of shape ``(out, in)`` whose scales are given from outside.
+
+    Attributes:
+        out_features: Rows of the matrix.
+        in_features: Columns of the matrix.
+        scales: The scales of the file, ``(out, groups)``; ``(1, blocks)`` where blocks cross rows.
+        blocks_cross_rows: True if a scale may belong to two rows (bitsandbytes with an input size
+            that is no multiple of the block). Row coordinates are not exact then.
+    """
+
+    @property
+    def out_features(self) -> int: ...
+    @property
+    def in_features(self) -> int: ...
+    @property
+    def scales(self) -> Float[Tensor, "out groups"]: ...
+    @property
+    def blocks_cross_rows(self) -> bool: ...
+
+    def decode(self, rows: slice, buffer: Float[Tensor, " n"]) -> Float[Tensor, "rows in"]:
+        """Write ``codebook[codes] - zeros`` of some rows into the buffer and return it as a matrix.
+
+        The result is a view of the buffer; its strides follow the layout of the format.
+        """
+        ...
+
+    def apply_scales(
+        self,
+        decoded: Float[Tensor, "rows in"],
+        scales: Float[Tensor, "out groups"],
+        rows: slice,
+        buffer: Float[Tensor, " n"],
+    ) -> Float[Tensor, "rows in"]:
+        """Multiply decoded rows by their scales into the buffer, which may be the decoded one."""
+        ...
+
+    def to(self, device: torch.device) -> Self:
+        """Return the same weight with its tensors on another device."""
+        ...
+
+
+def dequantize(
+    weight: QuantizedWeight, scales: Float[Tensor, "out groups"] | None = None
+) -> Float[Tensor, "out in"]:
+    """Return the dense fp32 matrix, with the scales of the file unless others are given."""
+    scales = weight.scales.float() if scales is None else scales
+    buffer = scales.new_empty(weight.out_features * weight.in_features, dtype=torch.float32)
+    rows = slice(0, weight.out_features)
+    return weight.apply_scales(weight.decode(rows, buffer), scales, rows, buffer)

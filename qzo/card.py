@@ -1,0 +1,59 @@
+"""The model card of a run and of its export."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+def model_card(run: Path, adapter: Mapping[str, Any]) -> str:
+    """Return a README.md: base, method, recipe, evaluation.
+
+    Args:
+        run: The run folder; its recipe and metrics are read where they exist.
+        adapter: ``adapter_config.json``.
+    """
+    base = Path(str(adapter["base_model_name_or_path"])).name
+    lines = [
+        "---",
+        f"base_model: {base}",
+        "library_name: transformers",
+        "tags: [qzo, zeroth-order, quantized]",
+        "---",
+        "",
+        f"# {base}, fine-tuned with QZO",
+        "",
+        f"Only the quantization scales differ from `{base}`; the 4-bit codes are byte for byte the "
+        f"same. {adapter['num_trained_values']} values were trained in {adapter['coordinates']} "
+        f"coordinates for {adapter['step']} steps with forward passes only "
+        "(QZO, arXiv 2505.13430).",
+        "",
+        *_evaluation_lines(run / "metrics.jsonl"),
+        *_recipe_lines(run / "recipe.yaml"),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _evaluation_lines(path: Path) -> list[str]:
+    if not path.is_file():
+        return []
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = [line for line in lines if line.get("eval_loss") is not None]
+    if not rows:
+        return []
+    table = ["## Evaluation", "", "| step | loss | accuracy |", "|---|---|---|"]
+    for row in rows:
+        accuracy = row.get("eval_accuracy")
+        shown = "" if accuracy is None else f"{accuracy:.4f}"
+        table.append(f"| {row['step']} | {row['eval_loss']:.4f} | {shown} |")
+    return [*table, ""]
+
+
+def _recipe_lines(path: Path) -> list[str]:
+    if not path.is_file():
+        return []
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    public = {k: v for k, v in values.items() if k not in {"output_dir", "model"}}
+    return ["## Recipe", "", "```yaml", yaml.safe_dump(public, sort_keys=False).rstrip(), "```"]

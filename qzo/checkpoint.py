@@ -1,0 +1,356 @@
+"""Checkpoint folders: safetensors files read by memory map and written as a stream.
+
+Reading a tensor gives a view of the file's pages; nothing is copied until somebody computes with
+it. Writing streams tensors one after the other, so memory stays at one tensor.
+
+File format: 8 bytes header length, little endian; a JSON header ``{name: {dtype, shape,
+data_offsets}}``; the bytes. Source: safetensors documentation, "Format".
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from quantizers.formats import detect
+from qzo.errors import CheckpointError
+from qzo.files import read_json, write_json
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+
+_DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+class TensorFiles:
+    """The tensors of a folder of safetensors files, by key.
+
+    Args:
+        folder: Where the files are.
+        names: Which files; None for those of the index, or the only one.
+
+    Attributes:
+        folder: Where the files are.
+        files: File name of each key, in the order of the files.
+    """
+
+    def __init__(self, folder: Path, names: Sequence[str] | None = None) -> None:
+        self.folder = folder
+        self._open: dict[str, Any] = {}
+        self.files: dict[str, str] = {}
+        for name in shard_names(folder) if names is None else names:
+            for key in self._file(name).keys():  # noqa: SIM118 (no mapping)
+                if key in self.files:
+                    raise CheckpointError(
+                        f"{key}: expected in one file, found in {self.files[key]} and {name}"
+                    )
+                self.files[key] = name
+
+    def __getitem__(self, key: str) -> Tensor:
+        """Return a memory-mapped tensor."""
+        if key not in self.files:
+            raise CheckpointError(f"{key}: expected this tensor in {self.folder}, not found")
+        tensor: Tensor = self._file(self.files[key]).get_tensor(key)
+        return tensor
+
+    def metadata(self, file: str) -> dict[str, str]:
+        """Return the metadata of one file's header."""
+        return dict(self._file(file).metadata() or {})
+
+    def _file(self, name: str) -> Any:
+        if name not in self._open:
+            path = self.folder / name
+            try:
+                self._open[name] = safe_open(path, framework="pt")
+            except (SafetensorError, OSError, RuntimeError) as error:
+                reason = str(error).splitlines()[0]
+                raise CheckpointError(f"{path}: expected a safetensors file: {reason}") from error
+        return self._open[name]
+
+
+def shard_names(folder: Path) -> list[str]:
+    """Return the names of the safetensors files of a folder.
+
+    Raises:
+        CheckpointError: There is none, one is missing, or a name leaves the folder.
+    """
+    indexes = sorted(path.name for path in folder.glob("*.safetensors.index.json"))
+    if len(indexes) > 1 and INDEX_NAME not in indexes:
+        raise CheckpointError(f"{folder}: expected one index, found {', '.join(indexes)}")
+    if not indexes:
+        return [_single_file(folder)]
+    index = folder / (INDEX_NAME if INDEX_NAME in indexes else indexes[0])
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: expected a weight_map, found none")
+    names = list(dict.fromkeys(weight_map.values()))
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise CheckpointError(f"{index}: expected file names without a folder, got {name!r}")
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder / name}: expected this shard, not found")
+    return names
+
+
+def _single_file(folder: Path) -> str:
+    names = sorted(path.name for path in folder.glob("*.safetensors"))
+    if SINGLE_NAME in names:
+        return SINGLE_NAME
+    if len(names) == 1:
+        return names[0]
+    found = ", ".join(names) if names else "none"
+    hint = "; pickled .bin files are never read" if list(folder.glob("*.bin")) else ""
+    raise CheckpointError(f"{folder}: expected {SINGLE_NAME}, found {found}{hint}")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A 4-bit checkpoint on disk.
+
+    Attributes:
+        folder: Its folder.
+        config: ``config.json``.
+        quantization: Its quantization config.
+        format: The module of ``quantizers`` that reads it.
+        spec: What that module made of the quantization config.
+        tensors: Its tensors.
+        layers: Names of the quantized layers as the files spell them, in natural order.
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+    quantization: Mapping[str, Any]
+    format: ModuleType
+    spec: Any
+    tensors: TensorFiles
+    layers: tuple[str, ...]
+
+    def layer_tensors(self, layer: str) -> dict[str, Tensor]:
+        """Return the stored tensors of one layer by role; absent roles are left out."""
+        names = self.layer_keys(layer)
+        return {role: self.tensors[key] for role, key in names.items()}
+
+    def layer_keys(self, layer: str) -> dict[str, str]:
+        """Return the keys of one layer by role, those that exist."""
+        names = self.format.tensor_names(layer, self.spec)
+        return {role: key for role, key in names.items() if key in self.tensors.files}
+
+    def scale_key(self, layer: str) -> str:
+        """Return the key of the tensor that training changes."""
+        names: dict[str, str] = self.format.tensor_names(layer, self.spec)
+        return names[self.format.SCALE_ROLE]
+
+    def weight(self, layer: str) -> Any:
+        """Return one layer as a ``QuantizedWeight``."""
+        return self.format.unpack(self.layer_tensors(layer), self.spec, layer)
+
+    def with_scales(self, layer: str, stored: Tensor) -> Any:
+        """Return one layer as a ``QuantizedWeight`` with a scale tensor of the file's layout."""
+        tensors = {**self.layer_tensors(layer), self.format.SCALE_ROLE: stored}
+        return self.format.unpack(tensors, self.spec, layer)
+
+    @property
+    def group_size(self) -> int:
+        """Inputs that share a scale, in the first layer."""
+        weight = self.weight(self.layers[0])
+        size = weight.out_features * weight.in_features
+        return int(-(-size // weight.scales.numel()))
+
+    def codes_sha256(self) -> str:
+        """Return a digest of everything in the quantized layers but the scales."""
+        return self._digest(scales=False)
+
+    def scales_sha256(self) -> str:
+        """Return a digest of the scales."""
+        return self._digest(scales=True)
+
+    def _digest(self, *, scales: bool) -> str:
+        digest = sha256()
+        for layer in self.layers:
+            for role, key in self.layer_keys(layer).items():
+                if (role in self.format.SCALE_ROLES) == scales:
+                    digest.update(key.encode("utf-8"))
+                    digest.update(tensor_bytes(self.tensors[key]))
+        return digest.hexdigest()
+
+
+def open_checkpoint(source: str | Path) -> Checkpoint:
+    """Open a 4-bit checkpoint: a folder, or the id of one on the Hugging Face hub.
+
+    Raises:
+        CheckpointError: A file is missing or damaged.
+        FormatError: The checkpoint is not quantized, or in a format that is not supported.
+    """
+    folder = local_folder(source)
+    config = read_json(folder / "config.json")
+    tensors = TensorFiles(folder)
+    quantization = quantization_config(folder, config)
+    format_module = detect(quantization, tensors.files)
+    assert quantization is not None  # detect refuses a missing one
+    spec = format_module.spec(quantization)
+    layers = tuple(sorted(format_module.layer_names(tensors.files), key=natural_order))
+    if not layers:
+        raise CheckpointError(
+            f"{folder}: expected quantized layers as {format_module.QUANT_METHOD} names them, found none"
+        )
+    return Checkpoint(folder, config, quantization, format_module, spec, tensors, layers)
+
+
+def quantization_config(folder: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the quantization config from ``config.json`` or ``quantize_config.json``."""
+    inside = config.get("quantization_config")
+    if isinstance(inside, dict):
+        return inside
+    beside = folder / "quantize_config.json"
+    return read_json(beside) if beside.is_file() else None
+
+
+def local_folder(source: str | Path) -> Path:
+    """Return the folder of a checkpoint, downloading it if it is a hub id.
+
+    Raises:
+        CheckpointError: There is no such folder and no such repository can be reached.
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) or folder.exists():
+        raise CheckpointError(f"{source}: expected a folder or a hub id, found neither")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(
+                str(source), allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+            )
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(
+            f"{source}: expected a folder, or a repository on the hub: {reason}"
+        ) from error
+
+
+def natural_order(name: str) -> list[tuple[int, int, str]]:
+    """Sort key that puts ``layers.2`` before ``layers.10``."""
+    parts = re.split(r"(\d+)", name)
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts]
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """Return the bytes of a tensor in memory order."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy())
+
+
+def write_safetensors(
+    path: Path, entries: Iterable[tuple[str, Tensor]], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write tensors into one file; memory-mapped ones pass through one at a time."""
+    entries = list(entries)
+    header: dict[str, Any] = {"__metadata__": dict(metadata or {"format": "pt"})}
+    offset = 0
+    for name, tensor in entries:
+        stop = offset + tensor.numel() * tensor.element_size()
+        header[name] = _header_entry(tensor, offset, stop)
+        offset = stop
+    with path.open("wb") as file:
+        file.write(_header_bytes(header))
+        for _, tensor in entries:
+            file.write(tensor_bytes(tensor))
+
+
+def _header_entry(tensor: Tensor, start: int, stop: int) -> dict[str, Any]:
+    return {
+        "dtype": _DTYPE_NAMES[tensor.dtype],
+        "shape": list(tensor.shape),
+        "data_offsets": [start, stop],
+    }
+
+
+def _header_bytes(header: Mapping[str, Any]) -> bytes:
+    text = json.dumps(header, separators=(",", ":")).encode("utf-8")
+    text += b" " * (-len(text) % 8)  # the data start at a multiple of 8
+    return len(text).to_bytes(8, "little") + text
+
+
+class CheckpointWriter:
+    """Streams tensors into ``model.safetensors``, or into shards with an index.
+
+    A tensor is on disk when ``add`` returns; nothing is kept in memory. The folder must be a
+    temporary one (``files.new_folder``) that is synced and renamed after ``close``.
+
+    Args:
+        folder: An existing folder.
+        max_shard_bytes: A shard is closed before it would grow beyond this.
+        metadata: Written into every header.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        max_shard_bytes: int = 5 * 2**30,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        self._folder = folder
+        self._max_shard_bytes = max_shard_bytes
+        self._metadata = dict(metadata or {"format": "pt"})
+        self._shards: list[dict[str, Any]] = [{}]  # headers
+        self._sizes = [0]
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Append a tensor to the current shard."""
+        data = tensor_bytes(tensor)
+        if self._sizes[-1] and self._sizes[-1] + len(data) > self._max_shard_bytes:
+            self._shards.append({})
+            self._sizes.append(0)
+        start = self._sizes[-1]
+        with self._data_path(len(self._shards) - 1).open("ab") as file:
+            file.write(data)
+        self._shards[-1][name] = _header_entry(tensor, start, start + len(data))
+        self._sizes[-1] += len(data)
+
+    def close(self) -> None:
+        """Put the headers before the data and write the index."""
+        count = len(self._shards)
+        names = [SINGLE_NAME] if count == 1 else [_shard_name(i, count) for i in range(count)]
+        for i, name in enumerate(names):
+            with (self._folder / name).open("wb") as file:
+                file.write(_header_bytes({"__metadata__": self._metadata, **self._shards[i]}))
+                with self._data_path(i).open("rb") as data:
+                    shutil.copyfileobj(data, file, 16 * 2**20)
+            self._data_path(i).unlink()
+        if count > 1:
+            weight_map = {key: names[i] for i, shard in enumerate(self._shards) for key in shard}
+            write_json(
+                self._folder / INDEX_NAME,
+                {"metadata": {"total_size": sum(self._sizes)}, "weight_map": weight_map},
+            )
+
+    def _data_path(self, shard: int) -> Path:
+        return self._folder / f".data-{shard}"
+
+
+def _shard_name(shard: int, count: int) -> str:
+    return f"model-{shard + 1:05}-of-{count:05}.safetensors"

@@ -1,0 +1,192 @@
+"""The recipe: what `qzo train` is told. Names follow transformers' TrainingArguments.
+
+Unknown keys are errors that name the nearest known one. A preset fills in what is not given:
+
+- ``paper``: QZO as published (arXiv 2505.13430, section 4.1).
+- ``default``: row coordinates with a direction per example.
+"""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from qzo.errors import ConfigError
+
+_OLD_NAMES = {
+    "evaluation_strategy": "eval_steps",
+    "eval_strategy": "eval_steps",
+    "num_train_epochs": "max_steps",
+    "overwrite_output_dir": "resume_from_checkpoint",
+    "no_cuda": "device",
+    "use_cpu": "device",
+    "logging_dir": "output_dir",
+    "warmup_ratio": "warmup_steps",
+}
+
+
+class ZOConfig(BaseModel):
+    """How the loss is estimated and the scales move."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    estimator: Literal["spsa", "per_example"] = "per_example"
+    coordinates: Literal["absolute", "relative", "row"] = "row"
+    direction: Literal["rademacher", "gaussian"] = "rademacher"
+    epsilon: float = Field(default=1e-2, gt=0)
+    num_directions: int = Field(default=1, ge=1)
+    max_loss_difference: float | None = Field(default=None, gt=0)
+    optimizer: Literal["sgd"] = "sgd"
+    max_skipped_steps: int = Field(default=10, ge=1)
+
+
+class Recipe(BaseModel):
+    """A run."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    model: str
+    output_dir: str
+    data: str | None = None
+    task: Literal["sst2", "rte", "boolq", "copa", "squad"] | None = None
+    eval_data: str | None = None
+    quantize: Literal["nf4", "gptq"] | None = None
+    preset: Literal["default", "paper"] = "default"
+
+    max_steps: int = Field(default=500, ge=1)
+    learning_rate: float = Field(default=1e-2, gt=0)
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "linear"
+    warmup_steps: int = Field(default=0, ge=0)
+    per_device_train_batch_size: int = Field(default=16, ge=1)
+    gradient_accumulation_steps: int = Field(default=1, ge=1)
+    per_device_eval_batch_size: int = Field(default=32, ge=1)
+    max_length: int = Field(default=512, ge=2)
+    num_train_examples: int | None = Field(default=None, ge=1)
+    num_eval_examples: int = Field(default=500, ge=0)
+
+    logging_steps: int = Field(default=10, ge=1)
+    eval_steps: int | None = Field(default=None, ge=1)
+    save_steps: int = Field(default=500, ge=1)
+    save_total_limit: int = Field(default=2, ge=1)
+    load_best_model_at_end: bool = True
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    data_seed: int = Field(default=0, ge=0, lt=2**63)
+    report_to: str | list[str] = "none"
+    resume_from_checkpoint: bool = False
+    device: str | None = None
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+
+    zo: ZOConfig = ZOConfig()
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "paper": {
+        "learning_rate": 1e-7,
+        "lr_scheduler_type": "constant",
+        "per_device_train_batch_size": 16,
+        "zo": {
+            "estimator": "spsa",
+            "coordinates": "absolute",
+            "direction": "gaussian",
+            "epsilon": 1e-3,
+            "max_loss_difference": 0.2,  # C = 100: 2 * epsilon * C
+        },
+    },
+}
+
+
+def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a YAML recipe and apply ``key=value`` overrides (``zo.epsilon=0.01``).
+
+    Raises:
+        ConfigError: The file or a value cannot be used; the message names the key.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"{path}: expected YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected keys and values, got {type(values).__name__}")
+    for override in overrides:
+        _set(values, override)
+    return recipe(values)
+
+
+def recipe(values: Mapping[str, Any]) -> Recipe:
+    """Check the keys of a recipe and fill in its preset and the defaults.
+
+    Raises:
+        ConfigError: A key is unknown, missing or has a value that cannot be used.
+    """
+    preset = values.get("preset", "default")
+    if not isinstance(preset, str) or preset not in PRESETS:
+        raise ConfigError(f"preset: expected one of {sorted(PRESETS)}, got {preset!r}")
+    zo = values.get("zo", {})
+    if not isinstance(zo, Mapping):
+        raise ConfigError(f"zo: expected keys and values, got {type(zo).__name__}")
+    defaults = PRESETS[preset]
+    merged = {**defaults, **values, "zo": {**defaults.get("zo", {}), **zo}}
+    try:
+        result = Recipe.model_validate(merged)
+    except ValidationError as error:
+        raise ConfigError(_first_problem(error)) from error
+    _check_together(result)
+    return result
+
+
+def _set(values: dict[str, Any], override: str) -> None:
+    key, found, text = override.partition("=")
+    if not found:
+        raise ConfigError(f"{override}: expected key=value")
+    *parents, last = key.split(".")
+    place: Any = values
+    for parent in parents:
+        place = place.setdefault(parent, {})
+        if not isinstance(place, dict):
+            raise ConfigError(f"{key}: expected {parent} to hold keys, got {place!r}")
+    try:
+        place[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{key}: expected a YAML value, got {text!r}") from error
+
+
+def _first_problem(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "missing":
+        return f"{key}: expected this key in the recipe, not found"
+    if problem["type"] == "extra_forbidden":
+        return f"{key}: unknown key; {_nearest(key)}"
+    expected = problem["msg"].removeprefix("Input should be ").removeprefix("a ")
+    return f"{key}: expected {expected}, got {problem['input']!r}"
+
+
+def _nearest(key: str) -> str:
+    known = [*Recipe.model_fields, *(f"zo.{name}" for name in ZOConfig.model_fields)]
+    if key in _OLD_NAMES:
+        return f"use {_OLD_NAMES[key]!r}"
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    last = [name for name in known if name.split(".")[-1] == key.split(".")[-1]]
+    names = last or close
+    return f"did you mean {names[0]!r}?" if names else f"known keys are {', '.join(sorted(known))}"
+
+
+def _check_together(values: Recipe) -> None:
+    if values.data is None and values.task is None:
+        raise ConfigError("data: expected 'data' or 'task' in the recipe, found neither")
+    if values.zo.estimator == "per_example" and values.zo.coordinates != "row":
+        raise ConfigError(
+            f"zo.estimator: expected 'spsa' in {values.zo.coordinates!r} coordinates, got "
+            "'per_example', which needs 'row'"
+        )
+    if values.zo.estimator == "per_example" and values.zo.num_directions != 1:
+        raise ConfigError(
+            "zo.num_directions: expected 1 with 'per_example', which has one direction per "
+            f"example, got {values.zo.num_directions}"
+        )

@@ -1,0 +1,183 @@
+"""Evaluation: loss, accuracy or F1, each with its standard error.
+
+- The answer of a classification or choice example is the candidate with the largest mean
+  log-probability per token (MeZO, arXiv 2305.17333, appendix E.2).
+- ``accuracy_bias_corrected``: a model that prefers one word of two whatever the text can be right
+  half of the time and still rank the texts well. This is the accuracy after the threshold between
+  the two candidates is moved to the median over the examples; it needs no labels, and is the
+  baseline that a gain has to beat.
+- Generation is greedy, up to a line end.
+"""
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, StoppingCriteriaList, StopStringCriteria
+
+from qzo.encoding import EncodedExample, encode_prompt
+from qzo.examples import ExampleSet
+from qzo.linear import Rows
+from qzo.objective import example_loss
+from qzo.stack import answer_scores, build_stack
+
+See = Callable[[Rows | None], AbstractContextManager[None]]
+
+_MAX_NEW_TOKENS = 50  # MeZO, appendix E.2
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Results; standard errors are those of the mean over examples. None: does not apply.
+
+    Attributes:
+        num_examples: Examples evaluated.
+        loss: Mean loss in nats, with ``loss_se``.
+        accuracy: Fraction of right answers, with ``accuracy_se``.
+        accuracy_bias_corrected: See the module, with its standard error.
+        f1: SQuAD F1 of generated answers, with ``f1_se``.
+        example_losses: Loss of every example.
+        is_right: Whether the answer of every example is right.
+        is_right_corrected: The same after the bias correction.
+    """
+
+    num_examples: int
+    loss: float
+    loss_se: float
+    accuracy: float | None = None
+    accuracy_se: float | None = None
+    accuracy_bias_corrected: float | None = None
+    accuracy_bias_corrected_se: float | None = None
+    f1: float | None = None
+    f1_se: float | None = None
+    example_losses: Sequence[float] = field(default=(), repr=False)
+    is_right: Sequence[bool] = field(default=(), repr=False)
+    is_right_corrected: Sequence[bool] = field(default=(), repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the numbers without the lists and without what does not apply."""
+        lists = {"example_losses", "is_right", "is_right_corrected"}
+        return {k: v for k, v in asdict(self).items() if k not in lists and v is not None}
+
+
+def evaluate(
+    model: PreTrainedModel,
+    see: See,
+    data: ExampleSet,
+    *,
+    batch_size: int,
+    tokenizer: Any = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Evaluate a model with quantized layers.
+
+    Args:
+        model: The model.
+        see: ``see(rows)`` is a context in which the layers see the wanted scales.
+        data: What to evaluate on.
+        batch_size: Examples of one forward.
+        tokenizer: For generation.
+        progress: Called with the examples done and their number.
+    """
+    scores = _scores(model, see, data.examples, batch_size, progress)
+    labels = [example.label for example in data.examples]
+    losses = [example_loss(s, y, data.loss) for s, y in zip(scores, labels, strict=True)]
+    loss, loss_se = mean_and_error(losses)
+    result: dict[str, Any] = {"num_examples": len(losses), "loss": loss, "loss_se": loss_se}
+    result["example_losses"] = losses
+    if all(len(row) > 1 for row in scores):
+        result |= _accuracies(scores, labels, are_classes=data.loss == "classification")
+    if data.is_generation:
+        with see(None):
+            result["f1"], result["f1_se"] = mean_and_error(_generated(model, tokenizer, data))
+    return Evaluation(**result)
+
+
+def _scores(
+    model: PreTrainedModel,
+    see: See,
+    examples: Sequence[EncodedExample],
+    batch_size: int,
+    progress: Callable[[int, int], None] | None,
+) -> list[list[float]]:
+    """Return the scores of every example; neighbours in a batch have similar lengths."""
+    order = sorted(range(len(examples)), key=lambda i: max(len(row) for row in examples[i].rows))
+    scores: dict[int, list[float]] = {}
+    for start in range(0, len(order), batch_size):
+        picked = order[start : start + batch_size]
+        stack = build_stack([[examples[i] for i in picked]], model.device)
+        with see(stack.rows):
+            scores |= zip(picked, answer_scores(model, stack), strict=True)
+        if progress is not None:
+            progress(len(scores), len(order))
+    return [scores[i] for i in range(len(examples))]
+
+
+def _accuracies(
+    scores: Sequence[Sequence[float]], labels: Sequence[int], *, are_classes: bool
+) -> dict[str, Any]:
+    chosen = [max(range(len(row)), key=row.__getitem__) for row in scores]
+    is_right = [c == y for c, y in zip(chosen, labels, strict=True)]
+    accuracy, error = mean_and_error([float(right) for right in is_right])
+    result: dict[str, Any] = {"accuracy": accuracy, "accuracy_se": error, "is_right": is_right}
+    if are_classes and all(len(row) == 2 for row in scores):
+        margins = [row[1] - row[0] for row in scores]
+        threshold = statistics.median(margins)
+        corrected = [(m > threshold) == bool(y) for m, y in zip(margins, labels, strict=True)]
+        accuracy, error = mean_and_error([float(right) for right in corrected])
+        result["is_right_corrected"] = corrected
+        result["accuracy_bias_corrected"] = accuracy
+        result["accuracy_bias_corrected_se"] = error
+    return result
+
+
+def _generated(model: PreTrainedModel, tokenizer: Any, data: ExampleSet) -> list[float]:
+    """Return the score of a greedy answer to every example."""
+    assert data.task is not None
+    results = []
+    for example in data.task_examples:
+        text = generate(model, tokenizer, data.task.prompt(example), stop="\n")
+        results.append(data.task.score(example, text.strip()))
+    return results
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    prompt: str,
+    *,
+    max_new_tokens: int = _MAX_NEW_TOKENS,
+    stop: str | None = None,
+) -> str:
+    """Return the greedy completion of a prompt, without the stop string."""
+    limit = int(getattr(model.config, "max_position_embeddings", 2048)) - max_new_tokens
+    tokens = encode_prompt(tokenizer, prompt, max_length=limit)
+    input_ids = torch.tensor([tokens], device=model.device)
+    criteria = StoppingCriteriaList()
+    if stop is not None:
+        criteria.append(StopStringCriteria(tokenizer, stop))
+    with torch.inference_mode():
+        output = model.generate(  # type: ignore[operator]  # transformers leaves it untyped
+            input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            stopping_criteria=criteria,
+            pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0,
+        )
+    text: str = tokenizer.decode(output[0, len(tokens) :], skip_special_tokens=True)
+    return text.split(stop)[0] if stop else text
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Return the mean and its standard error."""
+    if len(values) < 2:
+        return math.fsum(values) / max(len(values), 1), math.nan
+    return statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))

@@ -1,0 +1,127 @@
+"""A set of examples, encoded, with the loss that they are meant for."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from qzo.data import encode_records, hold_out, load_records
+from qzo.encoding import EncodedExample, Tokenizer
+from qzo.errors import DataError
+from qzo.tasks import examples_from_file, load_task
+from qzo.tasks.source import Example
+from qzo.tasks.task import Task, encode_task_example
+
+LossName = Literal["language_modeling", "classification"]
+
+
+@dataclass(frozen=True)
+class ExampleSet:
+    """Examples to train or evaluate on.
+
+    Attributes:
+        examples: Encoded examples.
+        loss: Which loss; under ``classification`` the candidates are classes.
+        task: For tasks: what scores an output.
+        task_examples: For tasks: the examples before they were encoded.
+    """
+
+    examples: Sequence[EncodedExample]
+    loss: LossName
+    task: Task | None = None
+    task_examples: Sequence[Example] = ()
+
+    @property
+    def is_generation(self) -> bool:
+        """Answers are written, not chosen."""
+        return self.task is not None and self.task.kind == "generation"
+
+    def first(self, count: int | None) -> "ExampleSet":
+        """Return the first examples, or all."""
+        return replace(
+            self, examples=self.examples[:count], task_examples=self.task_examples[:count]
+        )
+
+
+def from_any(data: Sequence[Any], tokenizer: Tokenizer, *, max_length: int) -> ExampleSet:
+    """Take encoded examples as they are and encode records.
+
+    Raises:
+        DataError: There are none.
+    """
+    rows = list(data)
+    if not rows:
+        raise DataError("train_dataset: expected at least one example, got none")
+    if isinstance(rows[0], EncodedExample):
+        is_classification = all(len(example.candidates) > 1 for example in rows)
+        return ExampleSet(rows, "classification" if is_classification else "language_modeling")
+    return from_records(rows, tokenizer, max_length=max_length)
+
+
+def from_records(
+    records: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, *, max_length: int
+) -> ExampleSet:
+    """Encode the user's own records; with candidates they are classification examples."""
+    examples = encode_records([dict(record) for record in records], tokenizer, max_length=max_length)
+    is_classification = all(len(example.candidates) > 1 for example in examples)
+    return ExampleSet(examples, "classification" if is_classification else "language_modeling")
+
+
+def from_task(
+    task: Task, examples: Sequence[Example], tokenizer: Tokenizer, *, max_length: int
+) -> ExampleSet:
+    """Encode examples of a task."""
+    encoded = [
+        encode_task_example(task, example, tokenizer=tokenizer, max_length=max_length)
+        for example in examples
+    ]
+    return ExampleSet(encoded, task.loss, task, list(examples))
+
+
+def read_set(
+    *,
+    task: str | None,
+    data: str | None,
+    split: str,
+    tokenizer: Tokenizer,
+    max_length: int,
+    num_examples: int | None = None,
+) -> ExampleSet:
+    """Read one split of a task, or of the user's data.
+
+    Args:
+        task: Name of a task, or None for the user's own records.
+        data: A file, folder or hub id; None for a task's data on the hub.
+        split: ``train`` or ``validation``, where the source has splits.
+        tokenizer: A transformers tokenizer.
+        max_length: Tokens of a row at most.
+        num_examples: Only so many, the first.
+
+    Raises:
+        DataError: The source is missing, empty or malformed.
+    """
+    if task is not None:
+        is_file = data is not None and Path(data).is_file()
+        loaded = load_task(task, None if is_file else data)
+        raw = examples_from_file(loaded, str(data)) if is_file else loaded.examples(split)
+        return from_task(loaded, raw[:num_examples], tokenizer, max_length=max_length)
+    if data is None:
+        raise DataError("data: expected a file, a folder or a hub id, or a task")
+    has_splits = not Path(data).is_file()
+    records = load_records(data, split if has_splits else None)
+    return from_records(records[:num_examples], tokenizer, max_length=max_length)
+
+
+def split_records(
+    data: str, tokenizer: Tokenizer, *, max_length: int, num_eval: int, seed: int
+) -> tuple[ExampleSet, ExampleSet | None]:
+    """Read the user's records and hold some out for evaluation: at most a tenth of them."""
+    records = load_records(data)
+    num_eval = min(num_eval, len(records) // 10)
+    if num_eval == 0:
+        return from_records(records, tokenizer, max_length=max_length), None
+    train, held_out = hold_out(records, num_eval=num_eval, seed=seed)
+    return (
+        from_records(train, tokenizer, max_length=max_length),
+        from_records(held_out, tokenizer, max_length=max_length),
+    )

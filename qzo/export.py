@@ -1,0 +1,147 @@
+"""The way out: the base checkpoint with the tuned scales, everything else byte for byte.
+
+Works from files. The result is loaded again and its loss compared with the trained model's before
+the export counts as done.
+"""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from qzo.adapter import Adapter, check_base, open_adapter
+from qzo.card import model_card
+from qzo.checkpoint import Checkpoint, open_checkpoint, write_safetensors
+from qzo.errors import CheckpointError
+from qzo.evaluate import evaluate
+from qzo.files import new_folder, read_json, write_json
+from qzo.linear import Rows
+from qzo.model import load_checkpoint, quant_linears
+from qzo.replay import replay
+from qzo.run_folder import read_reference
+
+_SKIPPED = {".git", ".cache", "README.md"}
+# Rounding the scales to fp16 moves each weight by at most 2**-11 of its size; a loss moves by far
+# less than this many nats, and a wrong scale by far more.
+_LOSS_TOLERANCE = 0.02
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export wrote.
+
+    Attributes:
+        folder: Where.
+        num_changed: Scale tensors that were replaced.
+        trained_loss: The trained model's loss on the reference examples; None without any.
+        exported_loss: The loss of the files that were written.
+    """
+
+    folder: Path
+    num_changed: int
+    trained_loss: float | None
+    exported_loss: float | None
+
+
+def export(run: str | Path, out: str | Path) -> Exported:
+    """Write the full checkpoint of a run.
+
+    Args:
+        run: A run folder, or a folder with nothing but its journal.
+        out: A new or empty folder.
+
+    Raises:
+        CheckpointError: The base is not the one of the run, the folder cannot be written, or the
+            exported files do not give the trained model's loss.
+    """
+    folder, target = Path(run), Path(out)
+    if not (folder / "adapter_config.json").is_file():
+        replay(folder)  # a bare journal is an adapter too
+    adapter = open_adapter(folder)
+    checkpoint = open_checkpoint(adapter.config["base_model_name_or_path"])
+    check_base(checkpoint, adapter.config)
+    with new_folder(target) as partial:
+        _write_files(checkpoint, adapter, partial)
+        trained, exported = _compare(folder, partial)
+    return Exported(target, len(checkpoint.layers), trained, exported)
+
+
+def _write_files(checkpoint: Checkpoint, adapter: Adapter, folder: Path) -> None:
+    replaced = _replaced_tensors(checkpoint, adapter)
+    for name in dict.fromkeys(checkpoint.tensors.files.values()):
+        entries = list(_entries(checkpoint, name, replaced))
+        write_safetensors(folder / name, entries, checkpoint.tensors.metadata(name))
+    for path in checkpoint.folder.iterdir():
+        is_tensor_file = path.suffix == ".safetensors"
+        if path.is_file() and not is_tensor_file and path.name not in _SKIPPED:
+            shutil.copyfile(path, folder / path.name)
+    _rewrite_configs(checkpoint, folder)
+    _rewrite_index(folder, {key for key, tensor in replaced.items() if tensor is None})
+    (folder / "README.md").write_text(model_card(adapter.folder, adapter.config), encoding="utf-8")
+
+
+def _replaced_tensors(checkpoint: Checkpoint, adapter: Adapter) -> dict[str, Tensor | None]:
+    """Return what stands in the place of each key of the quantized layers; None: dropped."""
+    replaced: dict[str, Tensor | None] = {}
+    for layer in checkpoint.layers:
+        keys = checkpoint.layer_keys(layer)
+        stored = checkpoint.layer_tensors(layer)
+        tuned = checkpoint.with_scales(layer, adapter.tensors[checkpoint.scale_key(layer)])
+        repacked = checkpoint.format.repack_scales(stored, tuned.scales.float(), layer)
+        replaced |= {key: repacked.get(role) for role, key in keys.items()}
+    return replaced
+
+
+def _entries(
+    checkpoint: Checkpoint, file: str, replaced: dict[str, Tensor | None]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of one file in their order."""
+    for key, name in checkpoint.tensors.files.items():
+        tensor = replaced.get(key, checkpoint.tensors[key])
+        if name == file and tensor is not None:
+            yield key, tensor
+
+
+def _rewrite_configs(checkpoint: Checkpoint, folder: Path) -> None:
+    """Write the quantization config of the export where it differs from the base's."""
+    exported = checkpoint.format.export_config(checkpoint.quantization)
+    if exported != checkpoint.quantization:
+        config = {**checkpoint.config, "quantization_config": exported}
+        write_json(folder / "config.json", config)
+
+
+def _rewrite_index(folder: Path, dropped: set[str]) -> None:
+    for path in folder.glob("*.safetensors.index.json"):
+        index = read_json(path)
+        kept = {key: file for key, file in index["weight_map"].items() if key not in dropped}
+        if kept != index["weight_map"]:
+            write_json(path, {**index, "weight_map": kept})
+
+
+def _compare(run: Path, exported: Path) -> tuple[float | None, float | None]:
+    """Load what was written and compare its loss with the trained model's.
+
+    Raises:
+        CheckpointError: They differ by more than the rounding of the scales can explain.
+    """
+    reference = read_reference(run)
+    model = load_checkpoint(open_checkpoint(exported))
+    if reference is None:
+        return None, None
+    data, trained = reference
+    live = quant_linears(model)[0].live
+
+    def see(rows: Rows | None) -> nullcontext[None]:
+        live.rows = rows
+        return nullcontext()
+
+    loss = evaluate(model, see, data, batch_size=len(data.examples)).loss
+    if not abs(loss - trained) <= _LOSS_TOLERANCE:  # also true for NaN
+        raise CheckpointError(
+            f"export: expected the trained model's loss {trained:.4f} from the exported files, got "
+            f"{loss:.4f}; nothing was written"
+        )
+    return trained, loss

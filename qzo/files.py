@@ -1,0 +1,116 @@
+"""Files and folders that are either complete or absent.
+
+Everything is written to a temporary name beside its target, synced to disk and renamed.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from qzo.errors import CheckpointError
+
+_JSON_BYTES_MAX = 64 * 2**20
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replace a file by new content in one step."""
+    with new_file(path) as partial:
+        partial.write_bytes(data)
+
+
+@contextmanager
+def new_file(target: Path) -> Iterator[Path]:
+    """Give a temporary name that replaces ``target`` when the block ends without an error.
+
+    Raises:
+        CheckpointError: The folder cannot be written, or the disk is full.
+    """
+    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    try:
+        yield partial
+        sync(partial)
+        partial.replace(target)
+        sync(target.parent)
+    except OSError as error:
+        raise write_error(target, error) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace a JSON file in one step."""
+    write_bytes(path, (json.dumps(value, indent=2) + "\n").encode("utf-8"))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        CheckpointError: The file is missing, too large, or no JSON object.
+    """
+    try:
+        if path.stat().st_size > _JSON_BYTES_MAX:
+            raise CheckpointError(f"{path}: expected at most {_JSON_BYTES_MAX} bytes of JSON")
+        value = json.loads(path.read_bytes().decode("utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: expected this file, not found") from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: expected JSON, got {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """Give a temporary folder that becomes ``target`` when the block ends without an error.
+
+    Raises:
+        CheckpointError: The target exists and is not empty, or cannot be written.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise CheckpointError(f"{target}: expected a new or empty folder; choose another --out")
+    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        yield partial
+        for path in partial.rglob("*"):
+            sync(path)
+        sync(partial)
+        if target.exists():
+            target.rmdir()
+        partial.rename(target)
+        sync(target.parent)
+    except OSError as error:
+        raise write_error(target, error) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder if it exists."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Flush a file or a folder's entries to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_error(path: Path, error: OSError) -> CheckpointError:
+    """Describe a failed write in one line."""
+    return CheckpointError(
+        f"{path}: cannot be written: {error.strerror or error}; nothing was left half-written"
+    )

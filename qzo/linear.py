@@ -1,0 +1,192 @@
+"""A linear layer over 4-bit codes whose scales are arguments of the product.
+
+In a stacked forward the batch is repeated once per probe. The layer reads its codes once and
+applies each probe's scales to that probe's rows; nothing else in the model knows about probes.
+Padding is dropped before the product and put back as zeros after it.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from quantizers.weight import QuantizedWeight
+
+TILE_ELEMENTS = 4 * 2**20  # of the dense matrix that exist at one time
+_TILE_STEP = 32  # rows; packed formats hold up to 32 elements in a run of words
+
+
+@dataclass(frozen=True)
+class ProbeScales:
+    """Effective scales of one layer: one set per probe."""
+
+    scales: Sequence[Float[Tensor, "out groups"]]
+
+
+@dataclass(frozen=True)
+class RowMultipliers:
+    """Effective scales of one layer in row coordinates: common scales, then a factor per output."""
+
+    scales: Float[Tensor, "out groups"]
+    multipliers: Float[Tensor, "probes out"]
+
+
+EffectiveScales = ProbeScales | RowMultipliers
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What the rows of a stacked forward are.
+
+    Attributes:
+        bounds: Rows of probe ``p`` are ``bounds[p]`` to ``bounds[p + 1]``.
+        lengths: Tokens of each row; what follows in a row is padding.
+    """
+
+    bounds: Sequence[int]
+    lengths: Sequence[int]
+
+    def token_index(self, width: int, device: torch.device) -> Int[Tensor, " tokens"]:
+        """Return the flat positions of the tokens in a ``(rows, width)`` batch."""
+        lengths = torch.tensor(self.lengths, device=device)
+        is_token = torch.arange(width, device=device)[None, :] < lengths[:, None]
+        return is_token.view(-1).nonzero().view(-1)
+
+    def token_bounds(self) -> list[int]:
+        """Return ``bounds`` counted in tokens."""
+        return [sum(self.lengths[:bound]) for bound in self.bounds]
+
+
+@dataclass
+class Live:
+    """What the layers of one model see at the moment; shared by all of them.
+
+    Attributes:
+        effective: Gives the effective scales of a layer by its index, or None: those of the file.
+        rows: What the rows of the batch are, or None: one probe, no padding.
+    """
+
+    effective: Callable[[int], EffectiveScales] | None = None
+    rows: Rows | None = None
+    buffers: dict[str, Tensor] = field(default_factory=dict)
+    _index: tuple[Rows, int, Tensor, list[int]] | None = None
+
+    def buffer(self, name: str, count: int, device: torch.device) -> Float[Tensor, " n"]:
+        """Return a scratch buffer that all layers share."""
+        buffer = self.buffers.get(name)
+        if buffer is None or buffer.numel() < count or buffer.device != device:
+            with torch.inference_mode(False):
+                buffer = torch.empty(count, dtype=torch.float32, device=device)
+            self.buffers[name] = buffer
+        return buffer
+
+    def tokens(self, width: int, device: torch.device) -> tuple[Int[Tensor, " tokens"], list[int]]:
+        """Return the flat positions of the tokens and their bounds per probe."""
+        assert self.rows is not None
+        if self._index is None or self._index[:2] != (self.rows, width):
+            index = self.rows.token_index(width, device)
+            self._index = (self.rows, width, index, self.rows.token_bounds())
+        return self._index[2], self._index[3]
+
+
+class QuantLinear(nn.Module):
+    """``y = x W^T + bias`` with ``W`` quantized; takes the place of ``nn.Linear``.
+
+    Args:
+        name: The layer's name in the checkpoint.
+        weight: Codes and the scales of the file.
+        bias: Bias in the dtype of the model, or None.
+        live: What the layers of this model see; shared.
+    """
+
+    bias: Tensor | None
+
+    def __init__(
+        self, name: str, weight: QuantizedWeight, bias: Float[Tensor, " out"] | None, live: Live
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.index = -1  # place in the trained vector, set when scales are attached
+        self.quantized = weight
+        self.live = live
+        self.stored: dict[str, Tensor] = {}  # by key, where the codes were adopted from memory
+        self.in_features = weight.in_features
+        self.out_features = weight.out_features
+        self.register_buffer("bias", bias)
+
+    def extra_repr(self) -> str:
+        """Name the sizes in the printed model."""
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantLinear":
+        super()._apply(fn, recurse)
+        device = fn(torch.empty(0, dtype=torch.uint8)).device  # dtypes of codes and scales stay
+        self.quantized = self.quantized.to(device)
+        return self
+
+    def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        """Return the product; each probe's rows see that probe's scales."""
+        live, flat = self.live, x.reshape(-1, self.in_features)
+        effective = self._effective()
+        if live.rows is None or x.dim() < 3:
+            return self._product(flat, [0, len(flat)], effective).view(*x.shape[:-1], -1)
+        if x.shape[1] == max(live.rows.lengths):
+            index, bounds = live.tokens(x.shape[1], x.device)
+            if len(index) == len(flat):
+                return self._product(flat, bounds, effective).view(*x.shape[:-1], -1)
+            result = x.new_zeros(len(flat), self.out_features)
+            result[index] = self._product(flat[index], bounds, effective)
+        else:  # a head that sees answer positions only
+            bounds = [bound * x.shape[1] for bound in live.rows.bounds]
+            result = self._product(flat, bounds, effective)
+        return result.view(*x.shape[:-1], -1)
+
+    def _effective(self) -> EffectiveScales:
+        if self.live.effective is None or self.index < 0:
+            return ProbeScales([self.quantized.scales.float()])
+        return self.live.effective(self.index)
+
+    def _product(
+        self, x: Float[Tensor, "tokens in"], bounds: Sequence[int], effective: EffectiveScales
+    ) -> Float[Tensor, "tokens out"]:
+        y = x.new_empty(len(x), self.out_features)
+        for rows in self._tiles():
+            decoded = self.quantized.decode(rows, self._buffer("decoded", rows, x))
+            self._tile_product(x, decoded, rows, bounds, effective, y)
+        if isinstance(effective, RowMultipliers):
+            multipliers = effective.multipliers.to(x.dtype)
+            for p, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+                y[start:stop] *= multipliers[p]
+        return y if self.bias is None else y.add_(self.bias)
+
+    def _tile_product(
+        self,
+        x: Float[Tensor, "tokens in"],
+        decoded: Float[Tensor, "rows in"],
+        rows: slice,
+        bounds: Sequence[int],
+        effective: EffectiveScales,
+        y: Float[Tensor, "tokens out"],
+    ) -> None:
+        """Fill the columns ``rows`` of ``y``."""
+        if isinstance(effective, RowMultipliers):
+            sets, bounds = [effective.scales], [0, len(x)]
+        else:
+            sets = list(effective.scales)
+            if len(sets) == 1:
+                bounds = [0, len(x)]
+        name = "decoded" if len(sets) == 1 else "scaled"  # one set: scale in place
+        for scales, start, stop in zip(sets, bounds, bounds[1:], strict=False):
+            buffer = self._buffer(name, rows, x)
+            dense = self.quantized.apply_scales(decoded, scales, rows, buffer)
+            torch.mm(x[start:stop], dense.T.to(x.dtype), out=y[start:stop, rows])
+
+    def _buffer(self, name: str, rows: slice, x: Tensor) -> Float[Tensor, " n"]:
+        return self.live.buffer(name, (rows.stop - rows.start) * self.in_features, x.device)
+
+    def _tiles(self) -> Iterator[slice]:
+        step = max(TILE_ELEMENTS // self.in_features // _TILE_STEP, 1) * _TILE_STEP
+        for start in range(0, self.out_features, step):
+            yield slice(start, min(start + step, self.out_features))

@@ -1,0 +1,99 @@
+"""metrics.jsonl: a line of averages every few steps, and a line per evaluation."""
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qzo.files import write_bytes, write_error
+from qzo.probes import DirectionalDerivative
+
+NAME = "metrics.jsonl"
+
+
+@dataclass
+class Window:
+    """Averages since the last line.
+
+    Attributes:
+        losses: Mean probe loss of each step.
+        slopes: Size of each derivative before the clip.
+        clipped: Whether it was clipped.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    slopes: list[float] = field(default_factory=list)
+    clipped: list[bool] = field(default_factory=list)
+
+    def add(self, losses: Sequence[float], derivatives: Sequence[DirectionalDerivative]) -> None:
+        """Take in one step; what is not finite is left out."""
+        self.losses += [loss for loss in losses if math.isfinite(loss)]
+        finite = [d for d in derivatives if math.isfinite(d.raw)]
+        self.slopes += [abs(d.raw) for d in finite]
+        self.clipped += [d.raw != d.value for d in finite]
+
+    def take(self) -> dict[str, float | None]:
+        """Return the averages and start again."""
+        result = {
+            "loss": _mean(self.losses),
+            "derivative": _mean(self.slopes),
+            "clip_rate": _mean([float(clipped) for clipped in self.clipped]),
+        }
+        self.losses, self.slopes, self.clipped = [], [], []
+        return result
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return math.fsum(values) / len(values) if values else None
+
+
+class Metrics:
+    """The file; lines beyond ``next_step`` are dropped when a run continues."""
+
+    def __init__(self, path: Path, next_step: int) -> None:
+        self.path = path
+        self.lines = [line for line in _read(path) if line["step"] <= next_step]
+        text = "".join(json.dumps(line) + "\n" for line in self.lines)
+        write_bytes(path, text.encode("utf-8"))
+
+    def append(self, line: Mapping[str, Any]) -> None:
+        """Add a line; NaN becomes null.
+
+        Raises:
+            CheckpointError: The disk is full or the file cannot be written.
+        """
+        clean = {key: _clean(value) for key, value in line.items()}
+        start = self.path.stat().st_size
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(clean) + "\n")
+        except OSError as error:
+            os.truncate(self.path, start)
+            raise write_error(self.path, error) from error
+        self.lines.append(clean)
+
+    def best(self) -> tuple[int, float] | None:
+        """Return step and loss of the best evaluation so far."""
+        evaluated = [line for line in self.lines if line.get("eval_loss") is not None]
+        if not evaluated:
+            return None
+        line = min(evaluated, key=lambda line: line["eval_loss"])
+        return line["step"], line["eval_loss"]
+
+    def has_evaluation(self, step: int) -> bool:
+        """Tell whether this step was evaluated."""
+        return any("eval_loss" in line and line["step"] == step for line in self.lines)
+
+
+def _clean(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # a torn last line has no end
+    return [json.loads(line) for line in lines]

@@ -1,0 +1,196 @@
+"""A transformers causal LM whose quantized linears are ours.
+
+The model is built without weights, its quantized linears are put in place over the memory-mapped
+codes, and everything else (embeddings, norms, head) is loaded as it is. No other project's kernel
+holds the scales: most of them copy or permute scales once and ignore later writes.
+"""
+
+import re
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+from quantizers.errors import FormatError
+from qzo.checkpoint import Checkpoint, natural_order, open_checkpoint
+from qzo.errors import CheckpointError
+from qzo.linear import Live, QuantLinear
+
+_HARMLESS = re.compile(r"(rotary_emb\.inv_freq|\.masked_bias|\.attn\.bias)$")
+
+
+def load(
+    path: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+) -> PreTrainedModel:
+    """Load a 4-bit checkpoint as a transformers model.
+
+    Args:
+        path: A folder, or the id of a repository on the hub.
+        dtype: Of activations and unquantized tensors; float32 on a CPU and the dtype of
+            ``config.json`` elsewhere, unless given.
+        device: Where the model goes.
+
+    Returns:
+        The model in eval mode, ready for ``model(input_ids=...)`` and ``generate``.
+
+    Raises:
+        CheckpointError: A file is missing or contradicts another.
+        FormatError: The checkpoint is not quantized, or in a format that is not supported.
+    """
+    return load_checkpoint(open_checkpoint(path), dtype, device)
+
+
+def load_checkpoint(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+) -> PreTrainedModel:
+    """Load an opened checkpoint; see ``load``."""
+    device = torch.device(device)
+    model = _skeleton(checkpoint.folder)
+    dtype = dtype or (torch.float32 if device.type == "cpu" else _config_dtype(checkpoint))
+    keys = _module_keys(model, checkpoint)
+    live = Live()
+    used: set[str] = set()
+    for layer in checkpoint.layers:
+        used |= _place_layer(model, checkpoint, layer, keys[layer], dtype, live)
+    _load_rest(model, checkpoint, used, dtype)
+    model.to(device)
+    model.generation_config = _generation_config(checkpoint.folder, model)
+    model.qzo_checkpoint = checkpoint  # type: ignore[assignment]  # not a tensor or module
+    return model.eval()
+
+
+def quant_linears(model: nn.Module) -> list[QuantLinear]:
+    """Return the quantized layers of a model in the order of the trained vector.
+
+    Raises:
+        CheckpointError: It has none.
+    """
+    layers = [module for module in model.modules() if isinstance(module, QuantLinear)]
+    if not layers:
+        raise CheckpointError(
+            "model: expected quantized layers of qzo, found none; use qzo.load or qzo.wrap"
+        )
+    return sorted(layers, key=lambda layer: natural_order(layer.name))
+
+
+def _skeleton(folder: Path) -> PreTrainedModel:
+    """Build the model with parameters on ``meta`` and real buffers."""
+    from accelerate import init_empty_weights
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{folder / 'config.json'}: not understood: {reason}") from error
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except (ValueError, RuntimeError, TypeError, AttributeError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(
+            f"{folder / 'config.json'}: expected a causal language model: {reason}"
+        ) from error
+    return cast(PreTrainedModel, model)
+
+
+def _config_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    name = checkpoint.config.get("dtype", checkpoint.config.get("torch_dtype", "float16"))
+    return cast(torch.dtype, getattr(torch, str(name)))
+
+
+def _module_keys(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
+    """Map names in the files to names in the model; older files leave out the base prefix."""
+    modules = dict(model.named_modules())
+    prefix = f"{model.base_model_prefix}."
+    keys = {}
+    for layer in checkpoint.layers:
+        name = layer if layer in modules else prefix + layer
+        if not isinstance(modules.get(name), nn.Linear):
+            raise CheckpointError(
+                f"{layer}: expected a linear layer of {type(model).__name__}, found none; does "
+                "config.json belong to these files?"
+            )
+        keys[layer] = name
+    return keys
+
+
+def _place_layer(
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    layer: str,
+    module_name: str,
+    dtype: torch.dtype,
+    live: Live,
+) -> set[str]:
+    """Put one QuantLinear in place; return the keys that it used."""
+    linear = model.get_submodule(module_name)
+    weight = checkpoint.weight(layer)
+    want = (linear.out_features, linear.in_features)
+    got = (weight.out_features, weight.in_features)
+    if want != got:
+        raise FormatError(
+            f"{layer}: expected shape {want} by config.json, got {got}; are the bits and the "
+            "config right?"
+        )
+    bias_key = f"{layer}.bias"
+    bias = checkpoint.tensors[bias_key].to(dtype) if bias_key in checkpoint.tensors.files else None
+    if bias is None and linear.bias is not None:
+        raise CheckpointError(f"{bias_key}: expected this tensor in the checkpoint, not found")
+    model.set_submodule(module_name, QuantLinear(layer, weight, bias, live))
+    return {bias_key, *checkpoint.layer_keys(layer).values()}
+
+
+def _load_rest(
+    model: PreTrainedModel, checkpoint: Checkpoint, used: set[str], dtype: torch.dtype
+) -> None:
+    """Load everything that is not quantized, and tie what is tied."""
+    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    state: dict[str, Tensor] = {}
+    for key in checkpoint.tensors.files:
+        if key in used or _HARMLESS.search(key):
+            continue
+        name = key if key in expected else f"{model.base_model_prefix}.{key}"
+        if name not in expected:
+            raise CheckpointError(
+                f"{key}: expected only tensors of {type(model).__name__}, found this one; does "
+                "config.json belong to these files?"
+            )
+        tensor = checkpoint.tensors[key]
+        if tensor.shape != expected[name]:
+            raise CheckpointError(
+                f"{key}: expected shape {tuple(expected[name])}, got {tuple(tensor.shape)}"
+            )
+        state[name] = tensor.to(dtype) if tensor.dtype.is_floating_point else tensor
+    model.load_state_dict(state, strict=False, assign=True)
+    model.tie_weights()
+    for name, parameter in model.named_parameters():
+        if parameter.device.type == "meta":
+            raise CheckpointError(f"{name}: expected this tensor in the checkpoint, not found")
+    model.requires_grad_(False)
+
+
+def _generation_config(folder: Path, model: PreTrainedModel) -> GenerationConfig:
+    if (folder / "generation_config.json").is_file():
+        return GenerationConfig.from_pretrained(folder)
+    return cast(GenerationConfig, model.generation_config)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Load the tokenizer of a checkpoint.
+
+    Raises:
+        CheckpointError: The folder has no tokenizer that transformers can read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, OSError, KeyError, TypeError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{folder}: expected a tokenizer: {reason}") from error

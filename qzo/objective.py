@@ -1,0 +1,141 @@
+"""What is minimised: batches as a function of (data_seed, step), and their losses at probes.
+
+- ``language_modeling``: mean negative log-probability per token of the right answer, in nats.
+- ``classification``: cross-entropy over the candidates, whose logits are their mean token
+  log-probabilities (MeZO, arXiv 2305.17333, section 3).
+
+The loss of a probe is the mean over its examples.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from dataclasses import replace
+from functools import lru_cache
+
+import numpy as np
+from transformers import PreTrainedModel
+
+from qzo.encoding import EncodedExample
+from qzo.errors import ConfigError, DataError
+from qzo.examples import ExampleSet, LossName
+from qzo.linear import Live
+from qzo.probes import Probe
+from qzo.scales import Scales
+from qzo.stack import answer_scores, build_stack
+
+Batch = list[list[EncodedExample]]  # micro-batches
+
+
+class Objective:
+    """The training loss.
+
+    Args:
+        model: Model with quantized layers.
+        live: What its layers see.
+        scales: Its trained vector.
+        data: Training examples and which loss.
+        batch_size: Examples of a micro-batch.
+        num_micro_batches: Micro-batches of a step (gradient accumulation): their losses are summed
+            under the same directions.
+        data_seed: Seed of the order of the examples.
+
+    Raises:
+        DataError: There are no examples.
+        ConfigError: A size is not positive.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        live: Live,
+        scales: Scales,
+        data: ExampleSet,
+        *,
+        batch_size: int,
+        num_micro_batches: int = 1,
+        data_seed: int = 0,
+    ) -> None:
+        if not data.examples:
+            raise DataError("data: expected at least one training example, got none")
+        for key, size in (
+            ("per_device_train_batch_size", batch_size),
+            ("gradient_accumulation_steps", num_micro_batches),
+        ):
+            if size < 1:
+                raise ConfigError(f"{key}: expected a number above 0, got {size}")
+        self._model, self._live, self._scales = model, live, scales
+        self._examples = [needed_rows(example, data.loss) for example in data.examples]
+        self._loss: LossName = data.loss
+        self._batch_size = batch_size
+        self._num_micro_batches = num_micro_batches
+        self._data_seed = data_seed
+
+    def batch(self, step: int) -> Batch:
+        """Return the micro-batches of a step; every epoch is a permutation of the examples."""
+        size, count = self._batch_size, self._num_micro_batches
+        first = step * size * count
+        picked = [self._example(first + i) for i in range(size * count)]
+        return [picked[i : i + size] for i in range(0, len(picked), size)]
+
+    def losses(self, probes: Sequence[Probe], batch: Batch) -> list[float]:
+        """Return the loss at every probe, all probes of a micro-batch in one stacked forward."""
+        totals, counts = [0.0] * len(probes), [0] * len(probes)
+        first = 0
+        for micro_batch in batch:
+            numbers = range(first, first + len(micro_batch))
+            places = [i for i, p in enumerate(probes) if p.example is None or p.example in numbers]
+            covering = [probes[place] for place in places]
+            items = [
+                micro_batch if p.example is None else [micro_batch[p.example - first]]
+                for p in covering
+            ]
+            losses = iter(self._item_losses(covering, items))
+            for place, examples in zip(places, items, strict=True):
+                totals[place] += sum(next(losses) for _ in examples)
+                counts[place] += len(examples)
+            first += len(micro_batch)
+        return [total / count for total, count in zip(totals, counts, strict=True)]
+
+    def _item_losses(
+        self, probes: Sequence[Probe], items: Sequence[Sequence[EncodedExample]]
+    ) -> list[float]:
+        stack = build_stack(items, self._model.device)
+        with self._scales.shifted(self._live, probes, stack.rows):
+            scores = answer_scores(self._model, stack)
+        labels = [example.label for examples in items for example in examples]
+        return [
+            example_loss(row, label, self._loss)
+            for row, label in zip(scores, labels, strict=True)
+        ]
+
+    def _example(self, number: int) -> EncodedExample:
+        epoch, place = divmod(number, len(self._examples))
+        return self._examples[_permutation(self._data_seed, epoch, len(self._examples))[place]]
+
+
+@lru_cache(maxsize=2)
+def _permutation(data_seed: int, epoch: int, size: int) -> list[int]:
+    generator = np.random.Generator(np.random.Philox(key=[data_seed, epoch]))
+    order: list[int] = generator.permutation(size).tolist()
+    return order
+
+
+def example_loss(scores: Sequence[float], label: int, loss: LossName) -> float:
+    """Return the loss of one example from the scores of its candidates, in nats."""
+    if loss == "language_modeling":
+        return -scores[label]
+    largest = max(scores)
+    if not math.isfinite(largest):
+        return math.nan
+    return largest + math.log(sum(math.exp(s - largest) for s in scores)) - scores[label]
+
+
+def needed_rows(example: EncodedExample, loss: LossName) -> EncodedExample:
+    """Drop the candidates that a language modelling loss does not read."""
+    if loss == "classification" or len(example.candidates) == 1:
+        return example
+    right = example.candidates[example.label]
+    return EncodedExample(
+        rows=(example.rows[right.row],), candidates=(replace(right, row=0),), label=0
+    )

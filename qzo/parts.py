@@ -1,0 +1,241 @@
+"""The parts of a training step's memory, each with its formula in words.
+
+What the forward does (``stack``, ``linear``, ``scales``): the batch is stacked once per probe and
+runs through the layers in inference mode without cache or attention mask, in fp32 on a CPU and in
+16 bits on CUDA; a layer's codes become fp32 numbers one tile of output rows at a time; logits
+exist at answer positions only; shifted vectors exist for a window of layers at a time.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from qzo.footprint import (
+    Quantization,
+    codes_bytes,
+    group_index_bytes,
+    num_scales,
+    scales_bytes,
+    zeros_bytes,
+)
+from qzo.linear import TILE_ELEMENTS
+from qzo.shapes import LinearShape, ModelShapes
+
+TILE_STEP = 32  # rows; a tile has a multiple of them
+WINDOW_ELEMENTS = 2**22  # of all shifted vectors at one time
+
+# Resident set of a fresh process (Python 3.11, Linux x86-64, 2 cores) that imported torch 2.13 for
+# CPU, transformers 5.23 with its Llama class, datasets, bitsandbytes 0.50 and all of qzo, and
+# multiplied two small matrices; VmRSS in /proc/self/status, equal to 1 MiB in repeated runs.
+CPU_FRAMEWORK_BYTES = 468 * 2**20
+CUDA_ALLOWANCE_BYTES = 2**30
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Part:
+    """One line of the table.
+
+    Attributes:
+        name: What the memory holds.
+        bytes: How much.
+        formula: The arithmetic behind it, in words and numbers.
+    """
+
+    name: str
+    bytes: int
+    formula: str
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What one training step is asked to do.
+
+    Attributes:
+        batch_size: Examples of a step.
+        seq_len: Tokens an example, padding included.
+        answer_len: Positions an example whose logits are needed.
+        coordinates: What is trained: ``row`` (a number an output row), ``relative`` or
+            ``absolute`` (a number a scale).
+        num_probes: Forwards stacked on the batch.
+        dtype: Type of activations and of the weights that are not quantized. float32 is the CPU
+            path, the 16-bit types are the CUDA path.
+    """
+
+    batch_size: int = 16
+    seq_len: int = 512
+    answer_len: int = 16
+    coordinates: str = "row"
+    num_probes: int = 2
+    dtype: str = "float32"
+
+    @property
+    def device(self) -> str:
+        """Where this runs: ``cpu`` or ``cuda``."""
+        return "cpu" if self.dtype == "float32" else "cuda"
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the stacked batch."""
+        return self.num_probes * self.batch_size
+
+
+def all_parts(
+    shapes: ModelShapes, quantization: Quantization, workload: Workload, row_bytes: int
+) -> tuple[Part, ...]:
+    """List every part, always in the same order, those of zero bytes included.
+
+    Args:
+        shapes: Layers and counts of the model.
+        quantization: How its codes and scales are stored.
+        workload: What the step does.
+        row_bytes: Activations of one row of the stacked batch.
+    """
+    return (
+        *_file_parts(shapes, quantization),
+        _master(shapes, quantization, workload.coordinates),
+        *_float_parts(shapes, workload.dtype),
+        _tile(shapes, quantization, workload),
+        _activations(workload, row_bytes),
+        _logits(workload, shapes.vocab_size),
+        _directions(shapes, quantization, workload),
+        _framework(workload.device),
+    )
+
+
+def _file_parts(shapes: ModelShapes, quantization: Quantization) -> tuple[Part, ...]:
+    """Count what stays as it lies in the file, and what reading adds to it."""
+    layers, bits = shapes.linears, quantization.bits
+    weights = sum(layer.out_features * layer.in_features for layer in layers)
+    scales = sum(num_scales(layer, quantization) for layer in layers)
+    codes = sum(codes_bytes(layer, quantization) for layer in layers)
+    group_index = sum(group_index_bytes(layer, quantization) for layer in layers)
+    return (
+        Part("codes", codes, f"{weights:,} weights x {bits} bits, as in the file (mapped pages)"),
+        _zeros(shapes, quantization),
+        Part(
+            "base scales",
+            sum(scales_bytes(layer, quantization) for layer in layers),
+            f"{scales:,} scales x {_scale_words(quantization)}, as in the file",
+        ),
+        Part(
+            "un-nested scales",
+            4 * scales if quantization.is_nested else 0,
+            f"{scales:,} x 4 bytes" if quantization.is_nested else "scales are not nested",
+        ),
+        Part("g_idx", group_index, "4 bytes an input column" if group_index else "none"),
+    )
+
+
+def _scale_words(quantization: Quantization) -> str:
+    if quantization.format == "gptq":
+        return "2 bytes"
+    return "(1 byte + 4 bytes / 256)" if quantization.is_nested else "4 bytes"
+
+
+def _zeros(shapes: ModelShapes, quantization: Quantization) -> Part:
+    packed = sum(zeros_bytes(layer, quantization) for layer in shapes.linears)
+    if not packed:
+        return Part("zeros", 0, f"{quantization.format} has none")
+    count = sum(num_scales(layer, quantization) for layer in shapes.linears)
+    formula = f"{count:,} zero points x {quantization.bits} bits, as in the file"
+    if quantization.is_symmetric:
+        return Part("zeros", packed, formula)
+    return Part("zeros", packed + count, f"{formula}, + 1 byte each when unpacked")
+
+
+def num_trained(layers: Sequence[LinearShape], quantization: Quantization, coordinates: str) -> int:
+    """Return the length of the trained vector."""
+    if coordinates == "row":
+        return sum(layer.out_features for layer in layers)
+    return sum(num_scales(layer, quantization) for layer in layers)
+
+
+def _master(shapes: ModelShapes, quantization: Quantization, coordinates: str) -> Part:
+    count = num_trained(shapes.linears, quantization, coordinates)
+    unit = "output rows" if coordinates == "row" else "scales"
+    return Part("master", 4 * count, f"{count:,} {unit} x 4 bytes (the trained vector, fp32)")
+
+
+def _float_parts(shapes: ModelShapes, dtype: str) -> tuple[Part, ...]:
+    """Count the weights that are not quantized; they are converted to the activations' type."""
+    size = DTYPES[dtype].itemsize
+
+    def part(name: str, count: int, none: str) -> Part:
+        return Part(name, size * count, f"{count:,} x {size} bytes ({dtype})" if count else none)
+
+    return (
+        part("embeddings", shapes.num_embedding, "none"),
+        part("head", shapes.num_head, "tied to the embeddings, or quantized"),
+        part("norms, biases, other", shapes.num_other, "none"),
+    )
+
+
+def _tile(shapes: ModelShapes, quantization: Quantization, workload: Workload) -> Part:
+    """Count the buffers that all layers share; their size is that of the largest tile."""
+    rows, columns = max(map(_tile_shape, shapes.linears), key=lambda tile: tile[0] * tile[1])
+    size, words = 4, "4 decoded"
+    if workload.coordinates != "row" and workload.num_probes > 1:
+        size, words = size + 4, f"{words} + 4 times a probe's scales"
+    if workload.dtype != "float32":
+        size, words = size + 2, f"{words} + 2 in {workload.dtype}"
+    if quantization.format != "gptq":
+        size, words = size + 5, f"{words} + 5 as table indices"
+    formula = f"{rows:,} rows x {columns:,} columns x {size} bytes ({words})"
+    return Part("dequantized tile", rows * columns * size, formula)
+
+
+def _tile_shape(layer: LinearShape) -> tuple[int, int]:
+    step = max(TILE_ELEMENTS // layer.in_features // TILE_STEP, 1) * TILE_STEP
+    return min(step, layer.out_features), layer.in_features
+
+
+def _activations(workload: Workload, row_bytes: int) -> Part:
+    formula = (
+        f"{_rows(workload)} x {row_bytes:,} bytes a row of {workload.seq_len:,} tokens "
+        f"({workload.dtype}, traced on meta tensors)"
+    )
+    return Part("activations", workload.num_rows * row_bytes, formula)
+
+
+def _logits(workload: Workload, vocab_size: int) -> Part:
+    size, row = DTYPES[workload.dtype].itemsize, workload.answer_len * vocab_size
+    formula = (
+        f"{_rows(workload)} x {workload.answer_len} answer positions x {vocab_size:,} tokens x "
+        f"{size} bytes, + 8 bytes for one of the rows (log-sum-exp in fp32)"
+    )
+    return Part("logits", workload.num_rows * row * size + row * 8, formula)
+
+
+def _directions(shapes: ModelShapes, quantization: Quantization, workload: Workload) -> Part:
+    """Count the window of shifted vectors, and one layer's scales in fp32 for each probe.
+
+    In row coordinates every example has a direction of its own.
+    """
+    is_row = workload.coordinates == "row"
+    probes = workload.num_rows if is_row else workload.num_probes
+    trained = [
+        num_trained((layer,), quantization, workload.coordinates) for layer in shapes.linears
+    ]
+    window = probes * min(sum(trained), max(WINDOW_ELEMENTS // probes, *trained))
+    most = max(num_scales(layer, quantization) for layer in shapes.linears)
+    copies = 1 + (workload.num_probes if workload.coordinates == "relative" else 0)
+    formula = (
+        f"{window:,} elements of {probes} vectors x 4 bytes x 2 (z and shifted), + {most:,} scales "
+        f"of a layer x 4 bytes x {copies}"
+    )
+    return Part("directions", window * 8 + most * 4 * copies, formula)
+
+
+def _rows(workload: Workload) -> str:
+    return f"{workload.num_probes} probes x {workload.batch_size} examples"
+
+
+def _framework(device: str) -> Part:
+    if device == "cuda":
+        formula = "CUDA context, kernels, fragmentation: an allowance, not measured"
+        return Part("framework", CUDA_ALLOWANCE_BYTES, formula)
+    formula = "measured: resident set of a process that imported torch, transformers and qzo"
+    return Part("framework", CPU_FRAMEWORK_BYTES, formula)

@@ -1,0 +1,244 @@
+"""Will it fit: memory of a training step, part by part, from a config.json alone.
+
+``peak = codes + zeros + scales + master + g_idx + floating point weights + tile + activations
++ logits + directions + framework``. Each part carries its formula in words. The sum is an upper
+bound: the logits exist when the activations of the last layer are already gone.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from qzo.checkpoint import quantization_config
+from qzo.errors import ConfigError
+from qzo.files import read_json
+from qzo.footprint import (
+    Quantization,
+    assumed_quantization,
+    codes_bytes,
+    group_index_bytes,
+    holds_codes,
+    num_scales,
+    read_quantization,
+    scales_bytes,
+    zeros_bytes,
+)
+from qzo.parts import DTYPES, Part, Workload, all_parts, num_trained
+from qzo.shapes import (
+    ModelShapes,
+    activation_bytes_per_row,
+    build_skeleton,
+    head_name,
+    model_shapes,
+)
+
+_UNITS = {"b": 1} | {
+    f"{prefix}{suffix}": base ** (power + 1)
+    for suffix, base in (("b", 1000), ("ib", 1024))
+    for power, prefix in enumerate("kmgt")
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a training step needs, and whether it fits.
+
+    Attributes:
+        model_type: Architecture.
+        quantization: What the config says of the codes, or what was assumed.
+        workload: What was asked.
+        device: ``cpu`` or ``cuda``.
+        num_quantized_weights: Weights that are codes.
+        num_scales: Scales of all layers.
+        num_trained: Length of the trained vector.
+        checkpoint_bytes: Tensors in the checkpoint's files.
+        parts: The table.
+        peak_bytes: Sum of the parts.
+        smallest_peak_bytes: The same with one example a forward.
+        memory_bytes: What is there; None if not asked.
+        verdict: ``yes``, ``yes with per_device_train_batch_size N and
+            gradient_accumulation_steps M``, ``no``, or None if not asked.
+        per_device_train_batch_size: N; the whole batch if it fits, None if nothing does.
+        gradient_accumulation_steps: M; ``N * M`` is the batch that was asked for.
+        notes: Assumptions, one sentence each.
+    """
+
+    model_type: str
+    quantization: Quantization
+    workload: Workload
+    device: str
+    num_quantized_weights: int
+    num_scales: int
+    num_trained: int
+    checkpoint_bytes: int
+    parts: tuple[Part, ...]
+    peak_bytes: int
+    smallest_peak_bytes: int
+    memory_bytes: int | None
+    verdict: str | None
+    per_device_train_batch_size: int | None
+    gradient_accumulation_steps: int | None
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain lists, dictionaries, strings and numbers, ready for JSON."""
+        return asdict(self)
+
+
+def plan(
+    path: str | Path,
+    *,
+    batch_size: int = 16,
+    seq_len: int = 512,
+    answer_len: int = 16,
+    memory_bytes: int | None = None,
+    coordinates: str = "row",
+    num_probes: int = 2,
+    dtype: str = "float32",
+    assumed: Quantization | None = None,
+) -> Plan:
+    """Plan the memory of a training step from a config.json; weights are not read.
+
+    Args:
+        path: A folder with a config.json, or the file itself.
+        batch_size: See ``Workload``, as for the other arguments named there.
+        seq_len: See ``Workload``.
+        answer_len: See ``Workload``.
+        memory_bytes: Memory that is there; decides the verdict.
+        coordinates: See ``Workload``.
+        num_probes: See ``Workload``.
+        dtype: See ``Workload``.
+        assumed: Quantization of a model that has none yet; GPTQ, 4 bits, group size 128 if None.
+
+    Raises:
+        ConfigError: An argument or the architecture cannot be used.
+    """
+    workload = Workload(batch_size, seq_len, answer_len, coordinates, num_probes, dtype)
+    _check_workload(workload)
+    config_path = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
+    config = read_json(config_path)
+    stored = quantization_config(config_path.parent, config)
+    if stored is not None and assumed is not None:
+        raise ConfigError(
+            "format, bits, group_size: expected none of them for a checkpoint that is quantized "
+            f"already, got {assumed.format} {assumed.bits} {assumed.group_size}; leave them out"
+        )
+    quantization = read_quantization(stored) if stored else assumed or assumed_quantization()
+    return _plan(config, quantization, workload, memory_bytes)
+
+
+def parse_memory(text: str) -> int:
+    """Turn ``24GiB``, ``8 GB`` or ``500MiB`` into bytes.
+
+    Raises:
+        ConfigError: It is no number above 0 with a unit.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+)\s*", text.lower())
+    size = float(match[1]) * _UNITS.get(match[2], 0) if match else 0.0
+    if size < 1:
+        raise ConfigError(
+            f"memory: expected a number with a unit, such as 24GiB, 8GB or 500MiB, got {text!r}"
+        )
+    return int(size)
+
+
+def _check_workload(workload: Workload) -> None:
+    for key in ("batch_size", "seq_len", "answer_len", "num_probes"):
+        if getattr(workload, key) < 1:
+            raise ConfigError(f"{key}: expected a number above 0, got {getattr(workload, key)}")
+    if workload.coordinates not in {"row", "relative", "absolute"}:
+        raise ConfigError(
+            f"coordinates: expected row, relative or absolute, got {workload.coordinates!r}"
+        )
+    if workload.dtype not in DTYPES:
+        raise ConfigError(f"dtype: expected one of {', '.join(DTYPES)}, got {workload.dtype!r}")
+
+
+def _plan(
+    config: dict[str, Any], quantization: Quantization, workload: Workload, memory: int | None
+) -> Plan:
+    model = build_skeleton(config, DTYPES[workload.dtype])
+    head = head_name(model)
+    shapes = model_shapes(model, lambda name: holds_codes(quantization, name, head))
+    if not shapes.linears:
+        raise ConfigError("config.json: expected linear layers to quantize, found none")
+    _check_rows(shapes, quantization, workload.coordinates)
+    row_bytes = activation_bytes_per_row(model, workload.seq_len)
+
+    def parts(batch_size: int) -> tuple[Part, ...]:
+        return all_parts(shapes, quantization, replace(workload, batch_size=batch_size), row_bytes)
+
+    def peak(batch_size: int) -> int:
+        return sum(part.bytes for part in parts(batch_size))
+
+    fitting = _largest_divisor(workload.batch_size, lambda size: peak(size) <= (memory or 0))
+    return Plan(
+        model_type=str(config.get("model_type")),
+        quantization=quantization,
+        workload=workload,
+        device=workload.device,
+        num_quantized_weights=sum(x.out_features * x.in_features for x in shapes.linears),
+        num_scales=sum(num_scales(layer, quantization) for layer in shapes.linears),
+        num_trained=num_trained(shapes.linears, quantization, workload.coordinates),
+        checkpoint_bytes=_checkpoint_bytes(shapes, quantization, config),
+        parts=parts(workload.batch_size),
+        peak_bytes=peak(workload.batch_size),
+        smallest_peak_bytes=peak(1),
+        memory_bytes=memory,
+        verdict=None if memory is None else _verdict(workload.batch_size, fitting),
+        per_device_train_batch_size=fitting,
+        gradient_accumulation_steps=fitting and workload.batch_size // fitting,
+        notes=_notes(quantization, workload, model.config._attn_implementation),
+    )
+
+
+def _check_rows(shapes: ModelShapes, quantization: Quantization, coordinates: str) -> None:
+    if quantization.format == "gptq" or coordinates != "row":
+        return
+    for layer in shapes.linears:
+        if layer.in_features % quantization.group_size:
+            raise ConfigError(
+                "coordinates: expected absolute or relative, got row: blocks of "
+                f"{layer.name} cross its rows, so a factor per row cannot be written back exactly"
+            )
+
+
+def _largest_divisor(batch_size: int, fits: Callable[[int], bool]) -> int | None:
+    """Return the largest micro-batch that fits and divides the batch, or None."""
+    divisors = (size for size in range(batch_size, 0, -1) if batch_size % size == 0)
+    return next((size for size in divisors if fits(size)), None)
+
+
+def _verdict(batch_size: int, fitting: int | None) -> str:
+    if fitting is None:
+        return "no"
+    if fitting == batch_size:
+        return "yes"
+    steps = batch_size // fitting
+    return f"yes with per_device_train_batch_size {fitting} and gradient_accumulation_steps {steps}"
+
+
+def _checkpoint_bytes(
+    shapes: ModelShapes, quantization: Quantization, config: dict[str, Any]
+) -> int:
+    dtype = str(config.get("dtype") or config.get("torch_dtype") or "float16")
+    size = DTYPES[dtype].itemsize if dtype in DTYPES else 2
+    of_layer = (codes_bytes, zeros_bytes, scales_bytes, group_index_bytes)
+    quantized = sum(count(layer, quantization) for layer in shapes.linears for count in of_layer)
+    return quantized + size * (shapes.num_embedding + shapes.num_head + shapes.num_other)
+
+
+def _notes(quantization: Quantization, workload: Workload, attention: str) -> tuple[str, ...]:
+    notes = ["The peak is the sum of all parts: an upper bound, not all are alive at once."]
+    if quantization.is_assumed:
+        guess = f"{quantization.format}, {quantization.bits} bits, group {quantization.group_size}"
+        notes.append(f"config.json has no quantization_config; assumed {guess}.")
+    if attention == "eager":
+        notes.append("Attention is eager in this model: its T x T scores are in the activations.")
+    else:
+        notes.append(f"Attention is {attention}: no T x T scores; batches need no attention mask.")
+    if workload.device == "cuda":
+        notes.append(f"{workload.dtype} is the CUDA path; the file on the host is not counted.")
+    return tuple(notes)

@@ -1,0 +1,35 @@
+"""loss.png: training and evaluation loss of a run."""
+
+import json
+from pathlib import Path
+
+from qzo.files import new_file
+
+
+def plot_run(folder: Path) -> Path:
+    """Draw ``metrics.jsonl`` of a run folder into ``loss.png``."""
+    from matplotlib.figure import Figure
+
+    lines = [
+        json.loads(line)
+        for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for key, label, style in (
+        ("loss", "training batches, at the probes", "-"),
+        ("eval_loss", "evaluation set", "o-"),
+    ):
+        points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
+        if points:
+            steps, values = zip(*points, strict=True)
+            axes.plot(steps, values, style, label=label, linewidth=1.2)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (nats)")
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend()
+    target = folder / "loss.png"
+    with new_file(target) as partial:
+        figure.savefig(partial, format="png", dpi=120)
+    return target

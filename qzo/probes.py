@@ -1,0 +1,51 @@
+"""Where the loss is evaluated, and what the losses say.
+
+A probe is the trained vector moved by ``offset`` along the direction of a seed. It covers the
+whole batch, or a single example of it when every example has its own direction.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One place where the loss is evaluated.
+
+    Attributes:
+        seed: Seed of the direction; see ``directions``.
+        offset: How far along it, in units of the trained vector (``+epsilon`` or ``-epsilon``).
+        example: The example that it covers, counted over all micro-batches; None for all.
+    """
+
+    seed: int
+    offset: float
+    example: int | None = None
+
+
+@dataclass(frozen=True)
+class DirectionalDerivative:
+    """How fast the loss changes along the direction of a seed, in nats per unit.
+
+    Attributes:
+        seed: Seed of the direction.
+        value: After clipping.
+        raw: Before clipping.
+    """
+
+    seed: int
+    value: float
+    raw: float
+
+
+def direction_seed(run_seed: int, step: int, number: int) -> int:
+    """Return the 64-bit seed of direction ``number`` of a step.
+
+    A bijection of ``(step, number)`` for each run seed, so seeds never repeat within a run.
+
+    Source: the SplitMix64 finaliser (Steele, Lea, Flood, OOPSLA 2014).
+    """
+    mask = 2**64 - 1
+    mixed = ((step << 24) + number + run_seed * 0x9E3779B97F4A7C15) & mask
+    mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & mask
+    return mixed ^ (mixed >> 31)

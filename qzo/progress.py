@@ -1,0 +1,96 @@
+"""Progress on the terminal: loss, derivative, clip rate and time left."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+class ProgressCallback(TrainerCallback):  # type: ignore[misc]  # transformers leaves it untyped
+    """Shows a run while it runs.
+
+    Args:
+        console: Where to.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._progress = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TextColumn("time left"),
+            TimeRemainingColumn(),
+            console=console,
+        )
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Start the bar."""
+        self._task = self._progress.add_task("", total=state.max_steps, numbers="")
+        self._progress.update(self._task, completed=state.global_step)
+        self._progress.start()
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Move the bar."""
+        self._progress.update(self._task, completed=state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Show the newest averages; without a terminal, as a line."""
+        shown = {key: value for key, value in (logs or {}).items() if value is not None}
+        numbers = (
+            f"loss {shown.get('loss', float('nan')):.4f}  "
+            f"derivative {shown.get('derivative', float('nan')):.3g}  "
+            f"clipped {shown.get('clip_rate', 0):.0%}"
+        )
+        self._progress.update(self._task, numbers=numbers)
+        if not self._console.is_terminal:
+            done, seconds = state.global_step, shown.get("seconds", 0.0)
+            left = seconds / max(done, 1) * (state.max_steps - done)
+            self._console.print(f"step {done}/{state.max_steps}  {numbers}  {left:.0f} s left")
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Show an evaluation."""
+        parts = [
+            f"{key.removeprefix('eval_')} {value:.4f}"
+            for key, value in (metrics or {}).items()
+            if isinstance(value, float) and not key.endswith("_se")
+        ]
+        self._console.print(f"evaluation at step {state.global_step}: {'  '.join(parts)}")
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Leave the bar."""
+        self._progress.stop()

@@ -1,0 +1,206 @@
+"""Records: the rows of a data set, one dict of columns each, from a file or from the hub.
+
+A file is read by its suffix: ``.jsonl`` (an object per line), ``.json`` (a list of objects),
+``.csv`` and ``.tsv`` (a header line, then a row per line), ``.parquet``. Text is UTF-8.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from qzo.errors import DataError
+
+Record: TypeAlias = dict[str, Any]
+
+
+class _PlainTab(csv.excel_tab):
+    quoting = csv.QUOTE_NONE
+
+
+def read_records(path: Path, *, is_quoted: bool = True) -> list[Record]:
+    """Read all rows of one file, in the order of the file.
+
+    Args:
+        path: A file with one of the suffixes named above.
+        is_quoted: Whether a double quote opens a quoted field in ``.tsv`` files. Spreadsheets and
+            pandas write them so; GLUE's files hold plain quotes instead.
+
+    Raises:
+        DataError: The file is missing, of another kind, malformed or empty.
+    """
+    suffix = path.suffix.lower()
+    if not path.exists():
+        raise DataError(f"{path}: expected a file, got nothing there; check the path")
+    if suffix not in READERS:
+        raise DataError(
+            f"{path}: expected a name that ends in {', '.join(READERS)}, got {path.name!r}; "
+            "convert the file or rename it"
+        )
+    records = _read_tsv(path, is_quoted=is_quoted) if suffix == ".tsv" else READERS[suffix](path)
+    if not records:
+        raise DataError(f"{path}: expected at least one row, got none; is this the right file?")
+    return records
+
+
+def read_hub(hub_id: str, *, config: str | None = None, split: str) -> list[Record]:
+    """Download one split of a data set from the Hugging Face hub, or take it from the cache.
+
+    Code that comes with a data set is never run.
+
+    Args:
+        hub_id: The name on the hub, ``owner/name``.
+        config: Which subset, for a data set that has several.
+        split: Which split, as the data set names it.
+
+    Raises:
+        DataError: The hub cannot be reached, or has no such data set, subset or split.
+    """
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(hub_id, config, split=split)
+    except (OSError, RuntimeError, ValueError) as error:  # offline; a script; a wrong split
+        reason = str(error).partition("\n")[0]
+        raise DataError(
+            f"{hub_id}: expected a local path, or a data set on the hub with a split {split!r}, "
+            f"got {reason!r}; check the name and the connection"
+        ) from error
+    return [dict(row) for row in rows]
+
+
+def read_text(path: Path) -> str:
+    """Read a UTF-8 file as it is; a byte order mark is dropped, line ends are kept.
+
+    Raises:
+        DataError: The file cannot be opened, or is not UTF-8.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"{path}: expected a file that can be read, got {error.strerror!r}; check the path"
+        ) from error
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        byte = error.object[error.start]
+        raise DataError(
+            f"{path}: expected UTF-8 text, got byte 0x{byte:02x} in line {line}; "
+            "save the file as UTF-8"
+        ) from error
+
+
+def read_json(path: Path) -> Any:
+    """Read a file that holds one JSON value.
+
+    Raises:
+        DataError: The file cannot be read or is not JSON.
+    """
+    try:
+        return json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{path}: expected JSON, got {error.msg!r} in line {error.lineno}; "
+            "a file with one object per line must be named .jsonl"
+        ) from error
+
+
+def _read_json_list(path: Path) -> list[Record]:
+    rows = read_json(path)
+    if not isinstance(rows, list):
+        raise DataError(
+            f"{path}: expected a list of objects, got {type(rows).__name__}; "
+            "a file with one object per line must be named .jsonl"
+        )
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise DataError(
+                f"{path}: expected a list of objects, got {type(row).__name__} as item {number}; "
+                "write each row as {column: value}"
+            )
+    return rows
+
+
+def _read_json_lines(path: Path) -> list[Record]:
+    records = []
+    # not splitlines(): JSON strings may hold U+2028 and other line ends that are no line ends here
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(
+                f"{path}: expected one JSON object per line, got {error.msg!r} in line {number}; "
+                "correct that line"
+            ) from error
+        if not isinstance(row, dict):
+            raise DataError(
+                f"{path}: expected one JSON object per line, got {type(row).__name__} "
+                f"in line {number}; write each row as {{column: value}}"
+            )
+        records.append(row)
+    return records
+
+
+def _read_csv(path: Path) -> list[Record]:
+    return _read_separated(path, csv.reader(_lines(path), strict=True))
+
+
+def _read_tsv(path: Path, *, is_quoted: bool = True) -> list[Record]:
+    dialect = csv.excel_tab if is_quoted else _PlainTab
+    return _read_separated(path, csv.reader(_lines(path), dialect, strict=True))
+
+
+def _lines(path: Path) -> io.StringIO:
+    return io.StringIO(read_text(path), newline="")  # the csv module splits the lines itself
+
+
+def _read_separated(path: Path, reader: Any) -> list[Record]:
+    records: list[Record] = []
+    try:
+        header: list[str] = next(reader, [])
+        if len(set(header)) < len(header):
+            raise DataError(
+                f"{path}: expected different column names, got {', '.join(header)}; rename one"
+            )
+        for row in filter(None, reader):  # an empty line is no row
+            if len(row) != len(header):
+                raise DataError(
+                    f"{path}: expected {len(header)} columns as in the header, got {len(row)} "
+                    f"in line {reader.line_num}; quote fields that hold the separator"
+                )
+            records.append(dict(zip(header, row, strict=True)))
+    except csv.Error as error:
+        raise DataError(
+            f"{path}: expected rows of fields, got {str(error)!r} in line {reader.line_num}; "
+            "correct the quotes or use .jsonl"
+        ) from error
+    return records
+
+
+def _read_parquet(path: Path) -> list[Record]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        rows: list[Record] = pyarrow.parquet.read_table(path).to_pylist()
+    except (OSError, pyarrow.ArrowInvalid) as error:
+        reason = str(error).partition("\n")[0]
+        raise DataError(
+            f"{path}: expected a Parquet file, got {reason!r}; write the file again"
+        ) from error
+    return rows
+
+
+READERS: dict[str, Callable[[Path], list[Record]]] = {
+    ".jsonl": _read_json_lines,
+    ".json": _read_json_list,
+    ".csv": _read_csv,
+    ".tsv": _read_tsv,
+    ".parquet": _read_parquet,
+}

@@ -1,0 +1,153 @@
+"""Rebuilding tuned scales from the journal: no model, no data, no forward pass."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qzo.adapter import open_adapter, save_adapter, scale_tensors
+from qzo.checkpoint import Checkpoint, open_checkpoint, tensor_bytes
+from qzo.directions import GENERATOR
+from qzo.errors import CheckpointError
+from qzo.journal import NAME as JOURNAL_NAME
+from qzo.journal import Fingerprint, Journal, Step, derivatives_of
+from qzo.optimizers import OPTIMIZERS
+from qzo.scales import Scales
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """What a replay found.
+
+    Attributes:
+        steps: Steps replayed.
+        num_fingerprints: Fingerprints of the journal that were checked; all agreed.
+        fingerprint: Of the rebuilt master.
+        adapter: ``equal`` to the adapter of the run, or ``written`` where there was none.
+    """
+
+    steps: int
+    num_fingerprints: int
+    fingerprint: str
+    adapter: str
+
+
+def replay(run: str | Path, *, to_step: int | None = None, out: Path | None = None) -> Replayed:
+    """Rebuild the scales of a run and compare them with its adapter.
+
+    Args:
+        run: A run folder, or a folder with nothing but a journal.
+        to_step: Stop before this step; the adapter's own step unless given.
+        out: Write the adapter there instead of comparing.
+
+    Raises:
+        CheckpointError: The base, a fingerprint or the adapter disagree.
+    """
+    folder = Path(run)
+    journal = Journal.open(folder / JOURNAL_NAME)
+    checkpoint = base_of(journal.header)
+    has_adapter = (folder / "adapter_config.json").is_file() and out is None
+    if to_step is None and has_adapter:
+        to_step = int(open_adapter(folder).config["step"])
+    scales = Scales.of_checkpoint(
+        checkpoint,
+        coordinates=journal.header["coordinates"],
+        direction=journal.header["direction"],
+    )
+    steps, checked = apply_journal(journal, scales, to_step=to_step)
+    tensors = scale_tensors(checkpoint, scales)
+    if has_adapter and int(open_adapter(folder).config["step"]) == steps:
+        stored = open_adapter(folder).tensors
+        for key, tensor in tensors.items():
+            if tensor_bytes(stored[key]) != tensor_bytes(tensor):
+                raise CheckpointError(f"{key}: the adapter differs from the journal's scales")
+        return Replayed(steps, checked, scales.fingerprint(), "equal")
+    save_adapter(out or folder, tensors, adapter_config(journal.header, checkpoint, steps))
+    return Replayed(steps, checked, scales.fingerprint(), "written")
+
+
+def apply_journal(
+    journal: Journal, scales: Scales, *, from_step: int = 0, to_step: int | None = None
+) -> tuple[int, int]:
+    """Move scales as the journal says, from ``from_step`` on.
+
+    Returns:
+        The number of the next step, and how many fingerprints were checked.
+
+    Raises:
+        CheckpointError: A fingerprint differs, or the journal ends before ``to_step``.
+    """
+    optimizer = OPTIMIZERS[journal.header["optimizer"]]()
+    step, checked = from_step, 0
+    for record in journal.records():
+        if record.step < from_step:
+            continue
+        if isinstance(record, Fingerprint):
+            check_fingerprint(record, scales)
+            checked += 1
+            continue
+        if to_step is not None and record.step >= to_step:
+            break
+        optimizer.step(
+            scales, derivatives_of(record, journal.header["seed"]), record.learning_rate
+        )
+        step = record.step + 1
+    if to_step is not None and step != to_step:
+        raise CheckpointError(
+            f"{journal.path}: expected {to_step} steps, found {journal.next_step}"
+        )
+    return step, checked
+
+
+def check_fingerprint(record: Fingerprint, scales: Scales) -> None:
+    """Compare the master with a fingerprint of the journal.
+
+    Raises:
+        CheckpointError: They differ.
+    """
+    got = scales.fingerprint()
+    if got != record.sha256:
+        raise CheckpointError(
+            f"step {record.step}: expected scales with sha256 {record.sha256[:12]}..., got "
+            f"{got[:12]}...; the journal or the base was changed"
+        )
+
+
+def base_of(header: Mapping[str, Any]) -> Checkpoint:
+    """Open the base checkpoint of a journal and check that it is the one.
+
+    Raises:
+        CheckpointError: Codes, scales, layers or generator are not those of the journal.
+    """
+    if header.get("generator") != GENERATOR:
+        raise CheckpointError(
+            f"journal: expected generator {GENERATOR!r}, got {header.get('generator')!r}"
+        )
+    checkpoint = open_checkpoint(header["base"])
+    for key, got in (
+        ("layers", list(checkpoint.layers)),
+        ("codes_sha256", checkpoint.codes_sha256()),
+        ("scales_sha256", checkpoint.scales_sha256()),
+    ):
+        if header.get(key) != got:
+            raise CheckpointError(
+                f"{checkpoint.folder}: {key} is not that of the journal; the base was changed "
+                "since the run, or is another one"
+            )
+    return checkpoint
+
+
+def adapter_config(
+    header: Mapping[str, Any], checkpoint: Checkpoint, step: int
+) -> dict[str, Any]:
+    """Return ``adapter_config.json`` for the scales after a number of steps."""
+    return {
+        "base_model_name_or_path": header["base"],
+        "format": checkpoint.format.QUANT_METHOD,
+        "group_size": checkpoint.group_size,
+        "codes_sha256": header["codes_sha256"],
+        "coordinates": header["coordinates"],
+        "step": step,
+        "num_trained_values": header["num_values"],
+        "qzo_version": header["qzo_version"],
+    }

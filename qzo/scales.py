@@ -1,0 +1,215 @@
+"""The trained vector: an fp32 master, and the effective scales that it gives at a probe.
+
+Coordinates say how the trained vector ``v`` becomes the effective scales of a layer with file
+scales ``D`` (Delta in the QZO paper):
+
+- ``absolute``: ``v`` (starts at ``D``; the QZO paper),
+- ``relative``: ``D * v`` (starts at 1, one element per scale),
+- ``row``: ``D * v[:, None]`` (starts at 1, one element per output row).
+
+A probe evaluates at ``v + offset * z(seed)``. That sum is made for the layer at hand and thrown
+away: the master is never perturbed, so nothing has to be restored.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from hashlib import sha256
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from qzo.checkpoint import Checkpoint, tensor_bytes
+from qzo.directions import DirectionName, combine, directions
+from qzo.errors import CheckpointError, ConfigError
+from qzo.linear import EffectiveScales, Live, ProbeScales, QuantLinear, RowMultipliers, Rows
+from qzo.probes import DirectionalDerivative, Probe
+
+Coordinates = Literal["absolute", "relative", "row"]
+
+_CHUNK = 2**20  # elements of an update that exist at one time
+_WINDOW = 2**22  # elements of all shifted vectors that exist at one time
+
+
+class Scales:
+    """The trained vector of one model.
+
+    Args:
+        names: The quantized layers, in the order of the vector.
+        file_scales: Their scales as stored, ``(out, groups)`` each; kept, not copied.
+        coordinates: How the vector becomes effective scales.
+        direction: Distribution of the directions.
+
+    Attributes:
+        values: The fp32 master.
+
+    Raises:
+        ConfigError: Row coordinates on a layer whose blocks cross rows.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        file_scales: Sequence[Float[Tensor, "out groups"]],
+        *,
+        coordinates: Coordinates,
+        direction: DirectionName,
+    ) -> None:
+        self.names = list(names)
+        self.coordinates = coordinates
+        self.direction: DirectionName = direction
+        self._file_scales = list(file_scales)
+        sizes = [len(s) if coordinates == "row" else s.numel() for s in file_scales]
+        ends = torch.tensor(sizes).cumsum(0).tolist()
+        self._bounds = [0, *ends]
+        device = file_scales[0].device
+        if coordinates == "absolute":
+            self.values = torch.cat([scales.float().reshape(-1) for scales in file_scales])
+        else:
+            self.values = torch.ones(self._bounds[-1], dtype=torch.float32, device=device)
+        self._window: tuple[int, int, Tensor] | None = None
+
+    @classmethod
+    def of_checkpoint(
+        cls, checkpoint: Checkpoint, *, coordinates: Coordinates, direction: DirectionName
+    ) -> "Scales":
+        """Read the scales of a checkpoint, without a model."""
+        weights = [checkpoint.weight(layer) for layer in checkpoint.layers]
+        _check_rows(checkpoint.layers, [w.blocks_cross_rows for w in weights], coordinates)
+        return cls(
+            checkpoint.layers,
+            [weight.scales for weight in weights],
+            coordinates=coordinates,
+            direction=direction,
+        )
+
+    @classmethod
+    def of_layers(
+        cls,
+        layers: Sequence[QuantLinear],
+        *,
+        coordinates: Coordinates,
+        direction: DirectionName,
+    ) -> "Scales":
+        """Take over the scales of a model's layers and number the layers."""
+        names = [layer.name for layer in layers]
+        weights = [layer.quantized for layer in layers]
+        _check_rows(names, [w.blocks_cross_rows for w in weights], coordinates)
+        for index, layer in enumerate(layers):
+            layer.index = index
+        return cls(
+            names,
+            [weight.scales for weight in weights],
+            coordinates=coordinates,
+            direction=direction,
+        )
+
+    def __len__(self) -> int:
+        """Return the number of trained values."""
+        return self._bounds[-1]
+
+    @contextmanager
+    def shifted(self, live: Live, probes: Sequence[Probe], rows: Rows | None) -> Iterator[None]:
+        """Let the layers see the scales at the probes while the block runs."""
+        live.effective, live.rows = (lambda layer: self.effective(layer, probes)), rows
+        self._window = None
+        try:
+            yield
+        finally:
+            live.effective, live.rows = None, None
+            self._window = None
+
+    def effective(self, layer: int, probes: Sequence[Probe]) -> EffectiveScales:
+        """Return the effective scales of one layer at every probe."""
+        stored = self._file_scales[layer].float()
+        shifted = self._shifted_values(layer, probes)
+        if self.coordinates == "row":
+            return RowMultipliers(stored, shifted)
+        by_group = [values.view(stored.shape) for values in shifted]
+        if self.coordinates == "relative":
+            by_group = [stored * values for values in by_group]
+        return ProbeScales(by_group)
+
+    def tuned(self, layer: int) -> Float[Tensor, "out groups"]:
+        """Return the effective scales of one layer at the master, in fp32."""
+        stored = self._file_scales[layer].float()
+        values = self.values[self._bounds[layer] : self._bounds[layer + 1]]
+        if self.coordinates == "row":
+            return stored * values[:, None]
+        by_group = values.view(stored.shape)
+        return stored * by_group if self.coordinates == "relative" else by_group.clone()
+
+    def chunks(self) -> Iterator[tuple[int, int]]:
+        """Yield the bounds of consecutive parts of the vector."""
+        for start in range(0, len(self), _CHUNK):
+            yield start, min(start + _CHUNK, len(self))
+
+    def mean_slope(
+        self, derivatives: Sequence[DirectionalDerivative], start: int, stop: int
+    ) -> Float[Tensor, " length"]:
+        """Return elements of the gradient estimate ``mean_i d_i z_i`` (QZO, eq. 4)."""
+        seeds = [derivative.seed for derivative in derivatives]
+        weights = [derivative.value / len(derivatives) for derivative in derivatives]
+        return combine(self.direction, seeds, weights, start, stop, self.values.device)
+
+    def move(self, start: int, stop: int, change: Float[Tensor, " length"]) -> None:
+        """Add to a part of the master; no value goes below 0 (QZO, algorithm 1)."""
+        part = self.values[start:stop]
+        part.add_(change).clamp_(min=0)
+
+    def fingerprint(self) -> str:
+        """Return the sha256 of the master's bytes."""
+        return sha256(tensor_bytes(self.values)).hexdigest()
+
+    def restore(self, values: Float[Tensor, " size"]) -> None:
+        """Set the master to stored values.
+
+        Raises:
+            CheckpointError: The number of values is not that of this model.
+        """
+        if values.shape != self.values.shape:
+            raise CheckpointError(
+                f"trained vector: expected {len(self)} values, got {values.numel()}; was it made "
+                "from another base or with other coordinates?"
+            )
+        self.values.copy_(values)
+
+    def _shifted_values(
+        self, layer: int, probes: Sequence[Probe]
+    ) -> Float[Tensor, "probes length"]:
+        """Return ``v + offset z`` of one layer, from a window of consecutive layers."""
+        start, stop = self._bounds[layer], self._bounds[layer + 1]
+        if self._window is None or not self._window[0] <= start < stop <= self._window[1]:
+            width = max(_WINDOW // len(probes), 1)
+            first = start // width * width  # the same windows whatever the order of the layers
+            last = min(max(first + width, stop), len(self))
+            self._window = (first, last, self._shift(probes, first, last))
+        offset = self._window[0]
+        return self._window[2][:, start - offset : stop - offset]
+
+    def _shift(
+        self, probes: Sequence[Probe], start: int, stop: int
+    ) -> Float[Tensor, "probes length"]:
+        master = self.values[start:stop]
+        seeds = list(dict.fromkeys(probe.seed for probe in probes if probe.offset))
+        if not seeds:
+            return master.expand(len(probes), -1)
+        z = directions(self.direction, seeds, start, stop, self.values.device)
+        place = {seed: row for row, seed in enumerate(seeds)}
+        shifted = master.repeat(len(probes), 1)
+        for row, probe in zip(shifted, probes, strict=True):
+            if probe.offset:
+                row.add_(z[place[probe.seed]] * probe.offset)
+        return shifted
+
+
+def _check_rows(names: Sequence[str], crossing: Sequence[bool], coordinates: str) -> None:
+    if coordinates != "row":
+        return
+    for name, blocks_cross_rows in zip(names, crossing, strict=True):
+        if blocks_cross_rows:
+            raise ConfigError(
+                f"zo.coordinates: expected 'absolute' or 'relative', got 'row': blocks of {name} "
+                "cross its rows, so a factor per row cannot be written back exactly"
+            )

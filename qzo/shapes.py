@@ -1,0 +1,215 @@
+"""Shapes of a model, read off its transformers class on the meta device: no weights, no device.
+
+What a forward keeps alive is traced, not guessed from config keys: the forward runs on meta tensors
+under a dispatch mode that adds up the storages alive at once. A quantized layer drops padding, so a
+linear layer also counts a copy of its input and its product before the padding is back. For a Llama
+layer in fp32 the trace gives ``4 (5 hidden + 3 intermediate)`` bytes a token: embeddings, layer
+input, residual, normed input and its copy; activated gate, up, and up once more. Attention counts
+by its output (no ``T x T`` scores) where the model uses SDPA.
+"""
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from qzo.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class LinearShape:
+    """A linear layer by its dotted name and its two sizes."""
+
+    name: str
+    out_features: int
+    in_features: int
+
+
+@dataclass(frozen=True)
+class ModelShapes:
+    """Counts of elements: quantized linear layers one by one, everything else summed.
+
+    Attributes:
+        linears: Layers that hold 4-bit codes.
+        num_embedding: Elements of token and position embeddings.
+        num_head: Elements of the output head; 0 when tied to the embeddings or quantized.
+        num_other: All other elements: norms, biases, linear layers kept in floating point.
+        vocab_size: Rows of the output head.
+    """
+
+    linears: tuple[LinearShape, ...]
+    num_embedding: int
+    num_head: int
+    num_other: int
+    vocab_size: int
+
+
+def build_skeleton(config: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel:
+    """Build the causal language model of a ``config.json`` on the meta device.
+
+    Args:
+        config: Content of config.json; ``quantization_config`` is ignored. Not modified.
+        dtype: Floating point type of every parameter, and so of the activations.
+
+    Raises:
+        ConfigError: transformers knows no such causal model, or its experts are fused.
+    """
+    ignored = ("quantization_config", "model_type", "dtype", "torch_dtype")
+    settings = {key: value for key, value in config.items() if key not in ignored}
+    factory: Any = AutoModelForCausalLM  # its methods are untyped
+    try:
+        model_config = AutoConfig.for_model(config.get("model_type", ""), **settings)
+        with torch.device("meta"):
+            model: PreTrainedModel = factory.from_config(model_config, dtype=dtype)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ConfigError(
+            "config.json: expected a causal language model that transformers knows, got "
+            f"model_type {config.get('model_type')!r}; {_first_line(error)}"
+        ) from error
+    if _output_head(model) is None:
+        raise ConfigError(
+            "config.json: expected a causal language model with an output head, got "
+            f"model_type {config.get('model_type')!r}"
+        )
+    _refuse_fused_experts(model)
+    nn.Module.eval(model)
+    return model
+
+
+def model_shapes(model: PreTrainedModel, is_quantized: Callable[[str], bool]) -> ModelShapes:
+    """Sort the elements of a skeleton into quantized layers, embeddings, head and the rest.
+
+    Args:
+        model: A skeleton on the meta device; not modified.
+        is_quantized: Whether the linear layer of this dotted name holds codes.
+    """
+    head = _output_head(model)
+    linears = tuple(shape for shape in linear_shapes(model) if is_quantized(shape.name))
+    codes = {f"{shape.name}.weight" for shape in linears}
+    tables = {id(table.weight) for table in model.modules() if isinstance(table, nn.Embedding)}
+    counts = {"embedding": 0, "head": 0, "other": 0}
+    for name, parameter in model.named_parameters():
+        if name in codes:
+            continue
+        is_head = parameter is head.weight
+        kind = "embedding" if id(parameter) in tables else "head" if is_head else "other"
+        counts[kind] += parameter.numel()
+    return ModelShapes(
+        linears, counts["embedding"], counts["head"], counts["other"], head.weight.shape[0]
+    )
+
+
+def head_name(model: PreTrainedModel) -> str:
+    """Return the dotted name of the output head."""
+    head = _output_head(model)
+    names: dict[int, str] = {id(module): name for name, module in model.named_modules()}
+    return names[id(head)]
+
+
+def linear_shapes(model: nn.Module) -> list[LinearShape]:
+    """List every linear layer in the model's order."""
+    return [
+        LinearShape(name, module.out_features, module.in_features)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+
+
+def activation_bytes_per_row(model: PreTrainedModel, seq_len: int) -> int:
+    """Trace what one more row of the batch keeps alive at the peak of a forward.
+
+    ``peak(2 rows) - peak(1 row)``, without cache, attention mask and head. Tables shared by all
+    rows (rotary angles, causal masks) cancel out.
+
+    Args:
+        model: A skeleton on the meta device; not modified.
+        seq_len: Tokens a row.
+
+    Raises:
+        ConfigError: The model's forward needs values, which meta tensors do not have.
+    """
+    try:
+        return _peak_bytes(model, 2, seq_len) - _peak_bytes(model, 1, seq_len)
+    except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+        raise ConfigError(
+            "config.json: expected a model whose forward can be traced without weights, got "
+            f"model_type {model.config.model_type!r}; {_first_line(error)}"
+        ) from error
+
+
+class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's class is untyped
+    """Adds up the storages that operations create and that are still referenced."""
+
+    peak: int
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # as above
+        self.live = 0
+        self.peak = 0
+        self._storages: dict[int, weakref.ref[Any]] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        # "Is nothing padded, is nothing packed?" asks for a value: yes, as in a batch without mask.
+        if func is torch.ops.aten.is_nonzero.default:
+            return True
+        known = {_storage_key(leaf) for leaf in tree_leaves((args, kwargs)) if _is_tensor(leaf)}
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if _is_tensor(leaf) and _storage_key(leaf) not in known | self._storages.keys():
+                self._watch(leaf.untyped_storage())
+        if func is torch.ops.aten.linear.default:  # see QuantLinear.forward
+            self.peak = max(self.peak, self.live + args[0].nbytes + result.nbytes)
+        return result
+
+    def _watch(self, storage: torch.UntypedStorage) -> None:
+        key, size = int(storage._cdata), storage.nbytes()
+
+        def forget(_: object) -> None:
+            self.live -= size
+            del self._storages[key]
+
+        self._storages[key] = weakref.ref(storage, forget)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+
+def _peak_bytes(model: PreTrainedModel, num_rows: int, seq_len: int) -> int:
+    input_ids = torch.zeros(num_rows, seq_len, dtype=torch.long, device="meta")
+    trace = _LiveBytes()
+    with torch.inference_mode(), trace:
+        model.base_model(input_ids=input_ids, use_cache=False)
+    return trace.peak
+
+
+def _output_head(model: Any) -> Any:
+    return model.get_output_embeddings()
+
+
+def _is_tensor(leaf: object) -> bool:
+    return isinstance(leaf, torch.Tensor)
+
+
+def _storage_key(tensor: torch.Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _refuse_fused_experts(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 3 and "expert" in name:
+            raise ConfigError(
+                "config.json: expected a dense model, got a mixture of experts with the fused "
+                f"tensor {name}; qzo plan cannot tell how a 4-bit checkpoint stores it"
+            )
+
+
+def _first_line(error: Exception) -> str:
+    """Shorten an error of transformers: one of them lists every architecture it knows."""
+    return str(error).strip().split("\n", maxsplit=1)[0].split(". ", maxsplit=1)[0]

@@ -1,0 +1,61 @@
+"""The tasks of MeZO and QZO: SST-2, RTE, BoolQ, COPA and SQuAD, one file each."""
+
+from pathlib import Path
+
+from qzo.errors import ConfigError
+from qzo.tasks.boolq import BoolQ
+from qzo.tasks.copa import Copa
+from qzo.tasks.rte import RTE
+from qzo.tasks.source import Example
+from qzo.tasks.squad import SQuAD
+from qzo.tasks.sst2 import SST2
+from qzo.tasks.task import Kind, Loss, Metric, Task, encode_task_example
+
+__all__ = [
+    "TASKS",
+    "Example",
+    "Kind",
+    "Loss",
+    "Metric",
+    "Task",
+    "encode_task_example",
+    "examples_from_file",
+    "load_task",
+]
+
+TASKS: dict[str, type[SST2] | type[RTE] | type[BoolQ] | type[Copa] | type[SQuAD]] = {
+    "sst2": SST2,
+    "rte": RTE,
+    "boolq": BoolQ,
+    "copa": Copa,
+    "squad": SQuAD,
+}
+
+
+def load_task(name: str, place: str | None = None) -> Task:
+    """Make a task by its name; nothing is read yet.
+
+    Args:
+        name: A key of ``TASKS``.
+        place: A folder with the data set's official files, a hub id, or None for the data set's
+            own place on the hub.
+
+    Raises:
+        ConfigError: There is no task of that name.
+    """
+    if name not in TASKS:
+        raise ConfigError(
+            f"task: expected one of {', '.join(TASKS)}, got {name!r}; "
+            "for data of your own give a file instead"
+        )
+    return TASKS[name](place)
+
+
+def examples_from_file(task: Task, path: str | Path) -> list[Example]:
+    """Read examples of a task from one file, whatever its name.
+
+    Args:
+        task: Says how to read the file.
+        path: A file in an official layout, or with a row per example in any record format.
+    """
+    return task.source.read_file(Path(path).expanduser())

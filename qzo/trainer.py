@@ -1,0 +1,303 @@
+"""The training loop: ask for probes, measure losses, tell derivatives, note them, move the scales.
+
+Nothing is lost: a step is in the journal before the scales move, so a run continues from its
+journal with bitwise the same scales, whatever stopped it.
+"""
+
+import math
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel, TrainerCallback
+
+from qzo.adapter import (
+    changed_fraction,
+    read_snapshot,
+    save_adapter,
+    save_snapshot,
+    scale_tensors,
+)
+from qzo.callbacks import Events
+from qzo.config import Recipe
+from qzo.errors import ConfigError, QZOError
+from qzo.estimators import SPSA, Estimator, PerExampleSPSA
+from qzo.evaluate import Evaluation, evaluate
+from qzo.examples import ExampleSet, from_any
+from qzo.files import new_folder, remove
+from qzo.journal import Journal
+from qzo.linear import Live, Rows
+from qzo.metrics import Metrics, Window
+from qzo.model import quant_linears
+from qzo.objective import Objective
+from qzo.optimizers import OPTIMIZERS
+from qzo.probes import Probe
+from qzo.replay import adapter_config, apply_journal
+from qzo.run_folder import header_of, open_journal, write_reference
+from qzo.scales import Scales
+from qzo.schedules import learning_rate
+from qzo.wrap import checkpoint_of, tokenizer_of
+
+FINGERPRINT_STEPS = 100
+_AT_MASTER = (Probe(seed=0, offset=0.0),)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run ended with.
+
+    Attributes:
+        steps: Steps done.
+        best_step: The step whose scales were kept.
+        before: Evaluation of the base, if it was done in this call.
+        after: Evaluation of the scales that were kept, if there is evaluation data.
+        changed_fraction: Scales that differ from the base in the file's dtype.
+        skipped_steps: Steps of this call without a finite loss.
+        seconds: Time of the steps of this call.
+    """
+
+    steps: int
+    best_step: int
+    before: Evaluation | None
+    after: Evaluation | None
+    changed_fraction: float
+    skipped_steps: int
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain numbers."""
+        evaluations = {
+            "before": None if self.before is None else self.before.to_dict(),
+            "after": None if self.after is None else self.after.to_dict(),
+        }
+        return {**asdict(self), **evaluations}
+
+
+class Trainer:
+    """Trains the scales of a model with quantized layers.
+
+    Args:
+        model: From ``qzo.load`` or ``qzo.wrap``.
+        config: The recipe.
+        train_dataset: Encoded examples, or records (``prompt`` and ``completion``, ``messages`` or
+            ``text``).
+        eval_dataset: The same, or None.
+        callbacks: transformers callbacks.
+        tokenizer: Needed for records and generation; that of the checkpoint unless given.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        config: Recipe,
+        train_dataset: ExampleSet | Sequence[Any],
+        eval_dataset: ExampleSet | Sequence[Any] | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
+        tokenizer: Any = None,
+    ) -> None:
+        self.model, self.config, self.tokenizer = model.eval(), config, tokenizer
+        self.folder = Path(config.output_dir)
+        layers = quant_linears(model)
+        self._live: Live = layers[0].live
+        self.scales = Scales.of_layers(
+            layers, coordinates=config.zo.coordinates, direction=config.zo.direction
+        )
+        self.estimator = make_estimator(config)
+        self.optimizer = OPTIMIZERS[config.zo.optimizer]()
+        train_set = self._example_set(train_dataset)
+        self.eval_set = None if eval_dataset is None else self._example_set(eval_dataset)
+        self.objective = Objective(
+            model,
+            self._live,
+            self.scales,
+            train_set,
+            batch_size=config.per_device_train_batch_size,
+            num_micro_batches=config.gradient_accumulation_steps,
+            data_seed=config.data_seed,
+        )
+        self._reference = (self.eval_set or train_set).first(config.per_device_eval_batch_size)
+        self._events = Events(config, model, callbacks)
+
+    def train(self) -> Result:
+        """Run to ``max_steps``; continue the journal in ``output_dir`` if the recipe says so.
+
+        Raises:
+            CheckpointError: The output folder is not empty, or not writable.
+            QZOError: The loss was not finite too many times in a row.
+        """
+        config, scales, estimator = self.config, self.scales, self.estimator
+        self.checkpoint = checkpoint_of(self.model, self.folder / "base")
+        journal = open_journal(config, header_of(config, self.checkpoint, len(scales)))
+        self._restore(journal)
+        self.metrics = Metrics(self.folder / "metrics.jsonl", journal.next_step)
+        self._window, skipped, skipped_in_a_row = Window(), 0, 0
+        self._events.tell("train_begin", journal.next_step)
+        before = self._evaluate(journal.next_step)
+        started = time.monotonic()
+
+        for step in range(journal.next_step, config.max_steps):
+            self._events.tell("step_begin", step)
+            batch = self.objective.batch(step)
+            probes = estimator.ask(step)
+            losses = self.objective.losses(probes, batch)
+            derivatives = estimator.tell(probes, losses)
+            rate = learning_rate(
+                config.lr_scheduler_type,
+                config.learning_rate,
+                step,
+                max_steps=config.max_steps,
+                warmup_steps=config.warmup_steps,
+            )
+            journal.append(step, losses, derivatives, rate)
+            usable = [d for d in derivatives if math.isfinite(d.value)]
+            self.optimizer.step(scales, usable, rate)
+
+            skipped += not usable
+            skipped_in_a_row = 0 if usable else skipped_in_a_row + 1
+            if skipped_in_a_row >= config.zo.max_skipped_steps:
+                raise QZOError(
+                    f"loss: expected finite values, got none in {skipped_in_a_row} steps in a row "
+                    f"up to step {step}; lower learning_rate or zo.epsilon. The journal and the "
+                    "scales are intact"
+                )
+            self._window.add(losses, derivatives)
+            self._after_step(journal, step + 1, rate, time.monotonic() - started)
+            if self._events.wants_stop:
+                break
+
+        seconds = time.monotonic() - started
+        return self._finish(journal, before, skipped, seconds)
+
+    def evaluate(self, data: ExampleSet | None = None) -> Evaluation:
+        """Evaluate the present scales.
+
+        Raises:
+            ConfigError: There is no evaluation data.
+        """
+        data = data or self.eval_set
+        if data is None:
+            raise ConfigError("eval_dataset: expected evaluation examples, got none")
+        return evaluate(
+            self.model,
+            self._see_master,
+            data,
+            batch_size=self.config.per_device_eval_batch_size,
+            tokenizer=self.tokenizer,
+        )
+
+    def _see_master(self, rows: Rows | None) -> AbstractContextManager[None]:
+        return self.scales.shifted(self._live, _AT_MASTER, rows)
+
+    def _example_set(self, data: ExampleSet | Sequence[Any]) -> ExampleSet:
+        if isinstance(data, ExampleSet):
+            return data
+        if self.tokenizer is None:
+            self.tokenizer = tokenizer_of(self.model)
+        return from_any(data, self.tokenizer, max_length=self.config.max_length)
+
+    def _restore(self, journal: Journal) -> None:
+        """Bring the scales to the end of the journal, from the newest snapshot on."""
+        start = 0
+        for folder in reversed(self._snapshots()):
+            values, state = read_snapshot(folder)
+            if state["step"] <= journal.next_step:
+                self.scales.restore(values)
+                start = state["step"]
+                break
+        apply_journal(journal, self.scales, from_step=start)
+
+    def _after_step(self, journal: Journal, step: int, rate: float, seconds: float) -> None:
+        """Log, evaluate and save where the recipe says so; ``step`` counts the steps done."""
+        config = self.config
+        if step % FINGERPRINT_STEPS == 0:
+            journal.mark(self.scales.fingerprint())
+        if step % config.logging_steps == 0 or step == config.max_steps:
+            line = {"step": step, **self._window.take(), "learning_rate": rate, "seconds": seconds}
+            self.metrics.append(line)
+            self._events.tell("log", step, logs=line)
+        self._events.tell("step_end", step)
+        if config.eval_steps and step % config.eval_steps == 0 and step < config.max_steps:
+            self._evaluate(step)
+        if step % config.save_steps == 0 and step < config.max_steps:
+            self._save(step)
+
+    def _evaluate(self, step: int) -> Evaluation | None:
+        """Evaluate, note it, and keep the scales if they are the best so far."""
+        if self.eval_set is None or self.metrics.has_evaluation(step):
+            return None
+        result = self.evaluate()
+        best = self.metrics.best()
+        line = {f"eval_{key}": value for key, value in result.to_dict().items()}
+        self.metrics.append({"step": step, **line})
+        self._events.tell("evaluate", step, metrics=line)
+        if best is None or result.loss < best[1]:
+            self._snapshot(self.folder / "best", step)
+        return result
+
+    def _save(self, step: int) -> None:
+        self._snapshot(self.folder / f"checkpoint-{step}", step)
+        for old in self._snapshots()[: -self.config.save_total_limit]:
+            remove(old)
+        self._events.tell("save", step)
+
+    def _snapshot(self, folder: Path, step: int) -> None:
+        state = {"step": step, "fingerprint": self.scales.fingerprint()}
+        remove(folder)
+        with new_folder(folder) as partial:
+            save_snapshot(partial, self.scales.values.cpu(), state)
+
+    def _snapshots(self) -> list[Path]:
+        folders = self.folder.glob("checkpoint-*")
+        return sorted(folders, key=lambda folder: int(folder.name.removeprefix("checkpoint-")))
+
+    def _finish(
+        self, journal: Journal, before: Evaluation | None, skipped: int, seconds: float
+    ) -> Result:
+        """Choose the scales to keep, write the adapter and the reference loss."""
+        steps = best_step = journal.next_step
+        journal.mark(self.scales.fingerprint())
+        self._snapshot(self.folder / f"checkpoint-{steps}", steps)
+        after = self._evaluate(steps)
+        if self.eval_set is not None and self.config.load_best_model_at_end:
+            values, state = read_snapshot(self.folder / "best")
+            if state["step"] != steps:
+                self.scales.restore(values)
+                best_step, after = state["step"], self.evaluate()
+        if after is None and self.eval_set is not None:
+            after = self.evaluate()
+        self._write_adapter(journal, best_step)
+        self._events.tell("train_end", steps)
+        changed = changed_fraction(self.checkpoint, self.scales)
+        return Result(steps, best_step, before, after, changed, skipped, seconds)
+
+    def _write_adapter(self, journal: Journal, step: int) -> None:
+        tensors: dict[str, Tensor] = scale_tensors(self.checkpoint, self.scales)
+        reference = self.evaluate(self._reference_loss_only())
+        write_reference(self.folder, self._reference, reference.loss)
+        save_adapter(self.folder, tensors, adapter_config(journal.header, self.checkpoint, step))
+
+    def _reference_loss_only(self) -> ExampleSet:
+        return ExampleSet(self._reference.examples, self._reference.loss)
+
+
+def make_estimator(config: Recipe) -> Estimator:
+    """Return the estimator of a recipe."""
+    zo = config.zo
+    if zo.estimator == "per_example":
+        num_examples = config.per_device_train_batch_size * config.gradient_accumulation_steps
+        return PerExampleSPSA(
+            zo.epsilon,
+            config.seed,
+            num_directions=num_examples,
+            max_loss_difference=zo.max_loss_difference,
+        )
+    return SPSA(
+        zo.epsilon,
+        config.seed,
+        num_directions=zo.num_directions,
+        max_loss_difference=zo.max_loss_difference,
+    )

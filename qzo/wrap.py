@@ -1,0 +1,191 @@
+"""Taking over a model that the user loaded with transformers.
+
+bitsandbytes 4-bit modules (quantized on the fly or loaded so) and GPTQ modules in their natural
+layout are replaced by ``QuantLinear`` over the same codes. Modules whose kernel has repacked the
+codes or permuted the scales are refused: what they hold is no longer what a checkpoint holds.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from quantizers import gptq, nf4
+from qzo.checkpoint import Checkpoint, CheckpointWriter, open_checkpoint
+from qzo.errors import CheckpointError
+from qzo.files import new_folder, write_json
+from qzo.linear import Live, QuantLinear
+from qzo.model import load_tokenizer, quant_linears
+
+# GPTQ modules that pass qweight, qzeros, scales and g_idx to their kernel as the file has them.
+_NATURAL_GPTQ = {"TorchLinear", "TorchQuantLinear", "TritonV2Linear", "TritonV2QuantLinear"}
+
+
+def wrap(model: PreTrainedModel) -> PreTrainedModel:
+    """Replace the quantized modules of a model, in place.
+
+    Args:
+        model: Loaded with ``BitsAndBytesConfig(load_in_4bit=True)`` or from a GPTQ checkpoint.
+
+    Returns:
+        The same model in eval mode; ``qzo.Trainer`` takes it.
+
+    Raises:
+        CheckpointError: There is nothing to adopt, or a module holds repacked codes.
+        FormatError: The tensors of a module contradict each other.
+    """
+    config = _quantization_config(model)
+    live = Live()
+    found = [(name, module) for name, module in model.named_modules() if _is_quantized(module)]
+    if not found:
+        raise CheckpointError(
+            "model: expected modules quantized by bitsandbytes (4 bit) or GPTQ, found none; pass "
+            "quantization_config=BitsAndBytesConfig(load_in_4bit=True) to from_pretrained"
+        )
+    for name, module in found:
+        model.set_submodule(name, _adopt(name, module, config, live))
+    model.requires_grad_(False)
+    model.is_quantized = False  # type: ignore[assignment]  # transformers' own kernels are gone
+    return model.eval()
+
+
+def checkpoint_of(model: PreTrainedModel, folder: Path) -> Checkpoint:
+    """Return the checkpoint that a model was loaded from; a wrapped model is written to ``folder``.
+
+    Raises:
+        CheckpointError: The folder cannot be written.
+    """
+    checkpoint: Checkpoint | None = getattr(model, "qzo_checkpoint", None)
+    if checkpoint is None:
+        if not folder.exists():
+            save_base(model, folder)
+        checkpoint = open_checkpoint(folder)
+        model.qzo_checkpoint = checkpoint  # type: ignore[assignment]  # no tensor or module
+    return checkpoint
+
+
+def tokenizer_of(model: PreTrainedModel) -> Any:
+    """Load the tokenizer that belongs to a model.
+
+    Raises:
+        CheckpointError: There is none.
+    """
+    checkpoint: Checkpoint | None = getattr(model, "qzo_checkpoint", None)
+    return load_tokenizer(checkpoint.folder if checkpoint else Path(model.config.name_or_path))
+
+
+def save_base(model: PreTrainedModel, folder: Path) -> None:
+    """Write a wrapped model as a pre-quantized checkpoint of its format.
+
+    Raises:
+        CheckpointError: The folder is not empty or cannot be written.
+    """
+    layers = {layer.name: layer for layer in quant_linears(model)}
+    with new_folder(folder) as partial:
+        writer = CheckpointWriter(partial)
+        for name, tensor in _unquantized(model).items():
+            writer.add(name, tensor)
+        for layer in layers.values():
+            for key, tensor in layer.stored.items():
+                writer.add(key, tensor)
+            if layer.bias is not None:
+                writer.add(f"{layer.name}.bias", layer.bias)
+        writer.close()
+        write_json(partial / "config.json", _config(model))
+        if model.generation_config is not None:
+            model.generation_config.save_pretrained(partial)
+        try:
+            tokenizer_of(model).save_pretrained(partial)
+        except CheckpointError:
+            pass  # the user's model came without a tokenizer; its export has none either
+
+
+def _unquantized(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Return parameters and saved buffers outside of the quantized layers; tied ones once."""
+    inside = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, QuantLinear))
+    tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in model.state_dict().items():
+        if name.startswith(inside) or tensor.data_ptr() in seen:
+            continue
+        seen.add(tensor.data_ptr())
+        tensors[name] = tensor
+    return tensors
+
+
+def _config(model: PreTrainedModel) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads(model.config.to_json_string(use_diff=False))
+    config["quantization_config"] = _quantization_config(model)
+    config["dtype"] = str(model.dtype).removeprefix("torch.")
+    config["architectures"] = [type(model).__name__]
+    return config
+
+
+def _quantization_config(model: PreTrainedModel) -> dict[str, Any]:
+    config = getattr(model.config, "quantization_config", None)
+    if config is None:
+        raise CheckpointError("model: expected a quantization_config in its config, found none")
+    values: dict[str, Any] = config if isinstance(config, dict) else config.to_dict()
+    return values
+
+
+def _is_quantized(module: nn.Module) -> bool:
+    return type(module).__name__ == "Linear4bit" or hasattr(module, "qweight")
+
+
+def _adopt(
+    name: str, module: nn.Module, config: Mapping[str, Any], live: Live
+) -> QuantLinear:
+    format_module: ModuleType
+    if type(module).__name__ == "Linear4bit":
+        format_module, roles = nf4, _bitsandbytes_tensors(name, module)
+        spec: Any = nf4.NF4Spec(module.weight.quant_state.quant_type)  # type: ignore[union-attr]
+    else:
+        format_module, roles = gptq, _gptq_tensors(name, module)
+        # GPTQModel holds v2 zero points, whatever the file had
+        spec = gptq.spec({**config, "checkpoint_format": "gptq_v2"})
+    weight = format_module.unpack(roles, spec, name)
+    names = format_module.tensor_names(name, spec)
+    bias = module.bias
+    layer = QuantLinear(name, weight, bias.detach() if isinstance(bias, Tensor) else None, live)
+    layer.stored = {names[role]: tensor for role, tensor in roles.items()}
+    return layer
+
+
+def _bitsandbytes_tensors(name: str, module: nn.Module) -> dict[str, Tensor]:
+    weight: Any = module.weight
+    state = getattr(weight, "quant_state", None)
+    if state is None:
+        raise CheckpointError(
+            f"{name}: expected 4-bit codes, found a float weight; bitsandbytes quantizes when the "
+            "model is moved to its device: load it with device_map"
+        )
+    if getattr(state, "packing_format_for_cpu", False):
+        raise CheckpointError(
+            f"{name}: expected codes in their natural layout, found them repacked by a forward "
+            "pass; call qzo.wrap before the first forward"
+        )
+    packed = state.as_dict(packed=True)
+    roles = {
+        "weight": weight.data,
+        "absmax": packed["absmax"],
+        "quant_map": packed["quant_map"],
+        "quant_state": next(v for k, v in packed.items() if "bitsandbytes__" in k),
+    }
+    nested = {role: packed[role] for role in ("nested_absmax", "nested_quant_map") if role in packed}
+    return {**roles, **nested}
+
+
+def _gptq_tensors(name: str, module: nn.Module) -> dict[str, Tensor]:
+    kind = type(module).__name__
+    if kind not in _NATURAL_GPTQ:
+        raise CheckpointError(
+            f"{name}: expected GPTQ tensors in their natural layout, found {kind}, which may "
+            "repack them; use qzo.load on the checkpoint, or load it with backend 'torch'"
+        )
+    tensors = {role: getattr(module, role, None) for role in ("qweight", "qzeros", "scales", "g_idx")}
+    return {role: tensor for role, tensor in tensors.items() if isinstance(tensor, Tensor)}
