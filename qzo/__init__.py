@@ -1,0 +1,34 @@
+"""QZO: fine-tune 4-bit language models with forward passes only.
+
+The names below are imported when they are first used, so that ``import qzo`` costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from qzo.version import __version__
+
+if TYPE_CHECKING:
+    from qzo.config import recipe
+    from qzo.export import export
+    from qzo.model import load
+    from qzo.replay import replay
+    from qzo.trainer import Trainer
+    from qzo.wrap import wrap
+
+__all__ = ["Trainer", "__version__", "export", "load", "recipe", "replay", "wrap"]
+
+_MODULES = {
+    "Trainer": "qzo.trainer",
+    "export": "qzo.export",
+    "load": "qzo.model",
+    "recipe": "qzo.config",
+    "replay": "qzo.replay",
+    "wrap": "qzo.wrap",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'qzo' has no attribute {name!r}")
+    return getattr(import_module(_MODULES[name]), name)

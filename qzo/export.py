@@ -6,7 +6,6 @@ the export counts as done.
 
 import shutil
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +17,6 @@ from qzo.checkpoint import Checkpoint, open_checkpoint, write_safetensors
 from qzo.errors import CheckpointError
 from qzo.evaluate import evaluate
 from qzo.files import new_folder, read_json, write_json
-from qzo.linear import Rows
 from qzo.model import load_checkpoint, quant_linears
 from qzo.replay import replay
 from qzo.run_folder import read_reference
@@ -133,12 +131,7 @@ def _compare(run: Path, exported: Path) -> tuple[float | None, float | None]:
         return None, None
     data, trained = reference
     live = quant_linears(model)[0].live
-
-    def see(rows: Rows | None) -> nullcontext[None]:
-        live.rows = rows
-        return nullcontext()
-
-    loss = evaluate(model, see, data, batch_size=len(data.examples)).loss
+    loss = evaluate(model, live.seen, data, batch_size=len(data.examples)).loss
     if not abs(loss - trained) <= _LOSS_TOLERANCE:  # also true for NaN
         raise CheckpointError(
             f"export: expected the trained model's loss {trained:.4f} from the exported files, got "

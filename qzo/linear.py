@@ -6,6 +6,7 @@ Padding is dropped before the product and put back as zeros after it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -72,6 +73,15 @@ class Live:
     rows: Rows | None = None
     buffers: dict[str, Tensor] = field(default_factory=dict)
     _index: tuple[Rows, int, Tensor, list[int]] | None = None
+
+    @contextmanager
+    def seen(self, rows: Rows | None) -> Iterator[None]:
+        """Let the layers see the scales of the file while the block runs."""
+        self.effective, self.rows = None, rows
+        try:
+            yield
+        finally:
+            self.rows = None
 
     def buffer(self, name: str, count: int, device: torch.device) -> Float[Tensor, " n"]:
         """Return a scratch buffer that all layers share."""

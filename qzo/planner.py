@@ -8,6 +8,7 @@ bound: the logits exist when the activations of the last layer are already gone.
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -167,13 +168,16 @@ def _plan(
     _check_rows(shapes, quantization, workload.coordinates)
     row_bytes = activation_bytes_per_row(model, workload.seq_len)
 
+    @cache
     def parts(batch_size: int) -> tuple[Part, ...]:
         return all_parts(shapes, quantization, replace(workload, batch_size=batch_size), row_bytes)
 
     def peak(batch_size: int) -> int:
         return sum(part.bytes for part in parts(batch_size))
 
-    fitting = _largest_divisor(workload.batch_size, lambda size: peak(size) <= (memory or 0))
+    fitting = None
+    if memory is not None:
+        fitting = _largest_divisor(workload.batch_size, lambda size: peak(size) <= memory)
     return Plan(
         model_type=str(config.get("model_type")),
         quantization=quantization,

@@ -42,10 +42,11 @@ def base_checkpoint(recipe: Recipe) -> Checkpoint:
     if recipe.quantize is None:
         return open_checkpoint(recipe.model)
     from qzo.quantize import quantize
+    from qzo.quantize_settings import QuantizeSettings
 
     folder = Path(recipe.output_dir) / "base"
     if not folder.exists():
-        quantize(recipe.model, folder, format=recipe.quantize)
+        quantize(recipe.model, folder, QuantizeSettings(format=recipe.quantize))
     return open_checkpoint(folder)
 
 

@@ -11,6 +11,7 @@ by its output (no ``T x T`` scores) where the model uses SDPA.
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -160,10 +161,14 @@ class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
         # "Is nothing padded, is nothing packed?" asks for a value: yes, as in a batch without mask.
         if func is torch.ops.aten.is_nonzero.default:
             return True
-        known = {_storage_key(leaf) for leaf in tree_leaves((args, kwargs)) if _is_tensor(leaf)}
         result = func(*args, **(kwargs or {}))
+        known = [
+            x.untyped_storage()._cdata
+            for x in tree_leaves((args, kwargs))
+            if isinstance(x, torch.Tensor)
+        ]
         for leaf in tree_leaves(result):
-            if _is_tensor(leaf) and _storage_key(leaf) not in known | self._storages.keys():
+            if isinstance(leaf, torch.Tensor) and leaf.untyped_storage()._cdata not in known:
                 self._watch(leaf.untyped_storage())
         if func is torch.ops.aten.linear.default:  # see QuantLinear.forward
             self.peak = max(self.peak, self.live + args[0].nbytes + result.nbytes)
@@ -171,14 +176,15 @@ class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
 
     def _watch(self, storage: torch.UntypedStorage) -> None:
         key, size = int(storage._cdata), storage.nbytes()
-
-        def forget(_: object) -> None:
-            self.live -= size
-            del self._storages[key]
-
-        self._storages[key] = weakref.ref(storage, forget)
+        if key in self._storages:
+            return
+        self._storages[key] = weakref.ref(storage, partial(self._forget, key, size))
         self.live += size
         self.peak = max(self.peak, self.live)
+
+    def _forget(self, key: int, size: int, _: object) -> None:
+        self.live -= size
+        del self._storages[key]
 
 
 def _peak_bytes(model: PreTrainedModel, num_rows: int, seq_len: int) -> int:
@@ -191,14 +197,6 @@ def _peak_bytes(model: PreTrainedModel, num_rows: int, seq_len: int) -> int:
 
 def _output_head(model: Any) -> Any:
     return model.get_output_embeddings()
-
-
-def _is_tensor(leaf: object) -> bool:
-    return isinstance(leaf, torch.Tensor)
-
-
-def _storage_key(tensor: torch.Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
 
 
 def _refuse_fused_experts(model: nn.Module) -> None:

@@ -1,0 +1,5 @@
+"""`python -m qzo`."""
+
+from qzo.cli import main
+
+main()

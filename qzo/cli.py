@@ -1,0 +1,337 @@
+"""The command line. Every command takes ``--json`` and exits 0, 1 (one clear line) or 2 (usage)."""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from quantizers.errors import FormatError
+from qzo.errors import ConfigError, QZOError
+
+app = typer.Typer(
+    name="qzo",
+    help="Fine-tune 4-bit language models with forward passes only.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+AsJSON = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+
+_stderr = Console(stderr=True, highlight=False)
+
+
+def main() -> None:
+    """Run a command; errors that a user can cause become one line."""
+    _quiet_libraries()
+    try:
+        app()
+    except (QZOError, FormatError) as error:
+        _fail(" ".join(str(error).split()))
+    except KeyboardInterrupt:
+        _fail("interrupted; the journal holds every finished step")
+    except OSError as error:
+        _fail(f"{error.filename or 'output'}: {error.strerror or error}")
+
+
+def _fail(message: str) -> None:
+    sys.stderr.write(f"qzo: {message}\n")
+    raise SystemExit(1)
+
+
+def _quiet_libraries() -> None:
+    """Keep libraries from writing between our lines."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@contextmanager
+def _stdout_for(as_json: bool) -> Iterator[Callable[[Any], None]]:
+    """Give a function that prints the result; under ``--json`` nothing else reaches stdout."""
+    real = sys.stdout
+    if as_json:
+        sys.stdout = sys.stderr
+    try:
+        yield lambda value: real.write(json.dumps(value, default=str) + "\n") and None
+    finally:
+        sys.stdout = real
+
+
+def _show(value: dict[str, Any], as_json: bool, print_json: Callable[[Any], None]) -> None:
+    if as_json:
+        print_json(value)
+        return
+    table = Table(show_header=False, box=None)
+    for key, entry in value.items():
+        table.add_row(key, f"{entry:.4f}" if isinstance(entry, float) else str(entry))
+    Console(highlight=False).print(table)
+
+
+@app.command()
+def quantize(
+    model: Annotated[str, typer.Argument(help="A folder, a hub id or a .gguf file.")],
+    out: Annotated[Path, typer.Option(help="New folder for the checkpoint.")],
+    format: Annotated[str, typer.Option(help="gptq, nf4 or fp4.")] = "gptq",
+    bits: Annotated[int, typer.Option(help="GPTQ: 2, 3, 4 or 8.")] = 4,
+    group_size: Annotated[
+        int | None, typer.Option(help="Inputs that share a scale; GPTQ 128, NF4 64; -1 for all.")
+    ] = None,
+    method: Annotated[str, typer.Option(help="gptq, or rtn for plain rounding.")] = "gptq",
+    sym: Annotated[bool, typer.Option("--sym/--asym", help="GPTQ zero points.")] = True,
+    act_order: Annotated[bool, typer.Option(help="GPTQ: columns by activation size.")] = False,
+    double_quant: Annotated[bool, typer.Option(help="NF4: quantize absmax too.")] = False,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Text (.txt, .jsonl); the model's own samples if missing.")
+    ] = None,
+    num_samples: Annotated[int, typer.Option(help="Calibration samples.")] = 32,
+    seq_len: Annotated[int, typer.Option(help="Tokens of a sample.")] = 256,
+    as_json: AsJSON = False,
+) -> None:
+    """Write a standard 4-bit checkpoint of a float model."""
+    from qzo.quantize import quantize as run
+    from qzo.quantize_settings import QuantizeSettings
+
+    settings = QuantizeSettings(
+        format=format,
+        bits=bits,
+        group_size=group_size,
+        method=method,
+        is_symmetric=sym,
+        act_order=act_order,
+        double_quant=double_quant,
+        num_calibration_samples=num_samples,
+        seq_len=seq_len,
+    )
+    with _stdout_for(as_json) as print_json, _quantize_progress() as progress:
+        summary = run(model, out, settings, calibration=calibration, progress=progress)
+        _show(summary, as_json, print_json)
+
+
+@contextmanager
+def _quantize_progress() -> Iterator[Callable[[int, int, str], None]]:
+    from rich.progress import Progress
+
+    with Progress(console=_stderr, transient=True) as bar:
+        task = bar.add_task("quantizing", total=None)
+
+        def progress(done: int, total: int, name: str) -> None:
+            bar.update(task, completed=done, total=total, description=name)
+
+        yield progress
+
+
+@app.command()
+def inspect(
+    checkpoint: Annotated[str, typer.Argument(help="A folder or a hub id.")],
+    as_json: AsJSON = False,
+) -> None:
+    """Show format, bits, groups and sizes of a checkpoint; refuse what cannot be read."""
+    from qzo.inspect_checkpoint import inspect as run
+
+    with _stdout_for(as_json) as print_json:
+        _show(asdict(run(checkpoint)), as_json, print_json)
+
+
+@app.command()
+def plan(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder or a config.json.")],
+    batch_size: Annotated[int, typer.Option(help="Examples of a step.")] = 16,
+    seq_len: Annotated[int, typer.Option(help="Tokens of an example.")] = 512,
+    memory: Annotated[str | None, typer.Option(help="What is there: 24GiB, 8GB.")] = None,
+    coordinates: Annotated[str, typer.Option(help="row, relative or absolute.")] = "row",
+    dtype: Annotated[str, typer.Option(help="float32 (CPU), float16 or bfloat16 (CUDA).")] = (
+        "float32"
+    ),
+    as_json: AsJSON = False,
+) -> None:
+    """Tell what a training step needs, part by part; needs no weights and no device."""
+    from qzo.planner import parse_memory
+    from qzo.planner import plan as run
+
+    with _stdout_for(as_json) as print_json:
+        result = run(
+            checkpoint,
+            batch_size=batch_size,
+            seq_len=seq_len,
+            memory_bytes=None if memory is None else parse_memory(memory),
+            coordinates=coordinates,
+            dtype=dtype,
+        )
+        if as_json:
+            print_json(result.to_dict())
+            return
+    table = Table("part", "MiB", "how")
+    for part in result.parts:
+        table.add_row(part.name, f"{part.bytes / 2**20:,.1f}", part.formula)
+    table.add_row("peak", f"{result.peak_bytes / 2**20:,.1f}", f"{result.peak_bytes / 2**30:.2f} GiB")
+    console = Console(highlight=False)
+    console.print(table)
+    for note in result.notes:
+        console.print(f"- {note}")
+    if result.verdict is not None:
+        console.print(f"fits in {memory}: {result.verdict}")
+
+
+@app.command()
+def doctor(as_json: AsJSON = False) -> None:
+    """Check versions, devices, kernels and known traps of the installed packages."""
+    from qzo.doctor import doctor as run
+
+    with _stdout_for(as_json) as print_json:
+        report = run()
+        if as_json:
+            print_json(report.to_dict())
+        else:
+            table = Table("check", "status", "found", "what to do")
+            for check in report.checks:
+                table.add_row(check.name, check.status, check.detail, check.advice)
+            Console(highlight=False).print(table)
+    if report.status == "fail":
+        raise SystemExit(1)
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A YAML file.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value; zo.epsilon=0.01 for the zo block.")
+    ] = None,
+    as_json: AsJSON = False,
+) -> None:
+    """Train the scales of a checkpoint into output_dir."""
+    from qzo.config import read_recipe
+
+    config = read_recipe(recipe, overrides or [])
+    from qzo.progress import ProgressCallback
+    from qzo.run import train as run
+
+    with _stdout_for(as_json) as print_json:
+        result = run(config, [ProgressCallback(_stderr)])
+        if as_json:
+            print_json(result.to_dict())
+            return
+    _show_training(config.output_dir, result)
+
+
+def _show_training(output_dir: str, result: Any) -> None:
+    console = Console(highlight=False)
+    table = Table("", "loss", "accuracy", "bias-corrected")
+    for name, evaluation in (("before", result.before), ("after", result.after)):
+        if evaluation is not None:
+            table.add_row(name, *evaluation_cells(evaluation))
+    if table.row_count:
+        console.print(table)
+    console.print(
+        f"{result.steps} steps in {result.seconds:.0f} s; kept step {result.best_step}; "
+        f"{result.changed_fraction:.1%} of the scales differ from the base"
+    )
+    console.print(f"next: qzo export {output_dir} --out NEW_FOLDER")
+
+
+def evaluation_cells(evaluation: Any) -> list[str]:
+    """Return loss, accuracy and bias-corrected accuracy of an evaluation as text."""
+    cells = []
+    for key in ("loss", "accuracy", "accuracy_bias_corrected"):
+        value, error = getattr(evaluation, key), getattr(evaluation, f"{key}_se")
+        cells.append("" if value is None else f"{value:.4f} ± {error:.4f}")
+    return cells
+
+
+@app.command("eval")
+def evaluate(
+    checkpoint: Annotated[str, typer.Argument(help="A folder or a hub id.")],
+    adapter: Annotated[str | None, typer.Option(help="A run folder.")] = None,
+    task: Annotated[str | None, typer.Option(help="sst2, rte, boolq, copa or squad.")] = None,
+    data: Annotated[str | None, typer.Option(help="A file, a folder or a hub id.")] = None,
+    num_examples: Annotated[int | None, typer.Option(min=1, help="Only the first so many.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples of a forward.")] = 32,
+    max_length: Annotated[int, typer.Option(min=2, help="Tokens of an example at most.")] = 512,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
+    as_json: AsJSON = False,
+) -> None:
+    """Evaluate a checkpoint on a task or on your own data."""
+    if task is None and data is None:
+        raise ConfigError("--task: expected a task, or --data with a file, got neither")
+    from qzo.evaluate import evaluate as run
+    from qzo.examples import read_set
+    from qzo.model import load_tokenizer, quant_linears
+    from qzo.run import evaluation_model
+
+    with _stdout_for(as_json) as print_json:
+        model, opened = evaluation_model(checkpoint, adapter, device)
+        tokenizer = load_tokenizer(opened.folder)
+        examples = read_set(
+            task=task,
+            data=data,
+            split="validation",
+            tokenizer=tokenizer,
+            max_length=max_length,
+            num_examples=num_examples,
+        )
+        live = quant_linears(model)[0].live
+        result = run(model, live.seen, examples, batch_size=batch_size, tokenizer=tokenizer)
+        _show(result.to_dict(), as_json, print_json)
+
+
+@app.command()
+def replay(
+    run: Annotated[str, typer.Argument(help="A run folder, or one with only a journal.")],
+    to_step: Annotated[int | None, typer.Option(min=0, help="Stop before this step.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the adapter here.")] = None,
+    as_json: AsJSON = False,
+) -> None:
+    """Rebuild the tuned scales from the journal, without the model."""
+    from qzo.replay import replay as rebuild
+
+    with _stdout_for(as_json) as print_json:
+        _show(asdict(rebuild(run, to_step=to_step, out=out)), as_json, print_json)
+
+
+@app.command()
+def export(
+    run: Annotated[str, typer.Argument(help="A run folder, or one with only a journal.")],
+    out: Annotated[Path, typer.Option(help="New folder for the checkpoint.")],
+    as_json: AsJSON = False,
+) -> None:
+    """Write the full checkpoint with the tuned scales, all else byte for byte."""
+    from qzo.export import export as write
+
+    with _stdout_for(as_json) as print_json:
+        _show(asdict(write(run, out)), as_json, print_json)
+
+
+@app.command()
+def generate(
+    checkpoint: Annotated[str, typer.Argument(help="A folder or a hub id.")],
+    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    adapter: Annotated[str | None, typer.Option(help="A run folder.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write.")] = 50,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
+    as_json: AsJSON = False,
+) -> None:
+    """Continue a prompt, greedily."""
+    from qzo.evaluate import generate as run
+    from qzo.model import load_tokenizer
+    from qzo.run import evaluation_model
+
+    with _stdout_for(as_json) as print_json:
+        model, opened = evaluation_model(checkpoint, adapter, device)
+        tokenizer = load_tokenizer(opened.folder)
+        text = run(model, tokenizer, prompt, max_new_tokens=max_new_tokens)
+        if as_json:
+            print_json({"prompt": prompt, "completion": text})
+        else:
+            print(prompt + text)
+
+
+if __name__ == "__main__":
+    main()
