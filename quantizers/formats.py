@@ -10,7 +10,6 @@ from quantizers.errors import FormatError
 FORMATS: dict[str, ModuleType] = {gptq.QUANT_METHOD: gptq, nf4.QUANT_METHOD: nf4}
 
 
-
 def detect(config: Mapping[str, Any] | None, keys: Iterable[str]) -> ModuleType:
     """Return the module of a checkpoint's format.
 

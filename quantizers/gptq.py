@@ -2,7 +2,8 @@
 
 Stored tensors of a layer: ``qweight`` (in * bits / 32, out) int32, ``qzeros``
 (groups, out * bits / 32) int32, ``scales`` (groups, out) fp16, ``g_idx`` (in,) int32 and, if the
-layer has one, ``bias`` (out,). ``W[o, i] = scales[g_idx[i], o] * (codes[i, o] - zeros[g_idx[i], o])``.
+layer has one, ``bias`` (out,).
+``W[o, i] = scales[g_idx[i], o] * (codes[i, o] - zeros[g_idx[i], o])``.
 
 Zero points: ``gptq_v2`` stores them as they are, ``gptq`` (v1) stores the packed words minus a
 constant that subtracts one from every element. Reading v1 adds the same constant to the whole
@@ -14,7 +15,7 @@ Source: AutoGPTQ 9f7d370, ``auto_gptq/nn_modules/qlinear/qlinear_cuda.py``; GPTQ
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int, Shaped, UInt8
@@ -157,7 +158,7 @@ class GPTQWeight:
         torch.mul(self._by_group(decoded.T), group_scales, out=self._by_group(product))
         return product.T
 
-    def to(self, device: torch.device) -> Self:
+    def to(self, device: torch.device) -> "GPTQWeight":
         """Return the same weight with its tensors on another device."""
         index = None if self.group_index is None else self.group_index.to(device)
         return replace(
@@ -237,7 +238,9 @@ def _check(
         want in (None, got) for want, got in zip(shape, tensor.shape, strict=True)
     )
     if not fits:
-        hint = "" if spec is None else f"; are bits {spec.bits}, group_size {spec.group_size} right?"
+        hint = (
+            "" if spec is None else f"; are bits {spec.bits}, group_size {spec.group_size} right?"
+        )
         want = tuple("any" if size is None else size for size in shape)
         raise FormatError(f"{layer}.{role}: expected shape {want}, got {tuple(tensor.shape)}{hint}")
 
@@ -245,7 +248,11 @@ def _check(
 def _group_index(
     stored: Tensor | None, layer: str, in_features: int, group_size: int, groups: int
 ) -> Int[Tensor, " in"] | None:
-    """Return the group of every input, or None where groups are consecutive and equal."""
+    """Return the group of every input, or None where groups are consecutive and equal.
+
+    Raises:
+        FormatError: An index is out of range.
+    """
     plain = torch.arange(in_features) // group_size
     is_even = in_features % group_size == 0
     if stored is None:

@@ -17,7 +17,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any, TypeGuard
 
 import torch
 from jaxtyping import Float, UInt8
@@ -95,7 +95,7 @@ class NF4Weight:
 
     @property
     def scales(self) -> Float[Tensor, "out groups"]:
-        """absmax of the file as ``(out, groups)``, or ``(1, blocks)`` where blocks cross rows."""
+        """Scales of the file as ``(out, groups)``, or ``(1, blocks)`` where blocks cross rows."""
         return self.absmax.view(1 if self.blocks_cross_rows else self.out_features, -1)
 
     def decode(self, rows: slice, buffer: Float[Tensor, " n"]) -> Float[Tensor, "rows in"]:
@@ -126,7 +126,7 @@ class NF4Weight:
             torch.mul(decoded.view(by_block), scales[rows, :, None], out=product.view(by_block))
         return product.view(-1, self.in_features)
 
-    def to(self, device: torch.device) -> Self:
+    def to(self, device: torch.device) -> "NF4Weight":
         """Return the same weight with its tensors on another device."""
         return replace(
             self,
@@ -213,13 +213,7 @@ def _fp32_absmax(
                 f"{layer}.weight.{role}: expected this tensor beside a uint8 absmax, not found"
             )
     blocksize, offset = state.get("nested_blocksize"), state.get("nested_offset")
-    is_valid = (
-        isinstance(blocksize, int)
-        and blocksize > 0
-        and isinstance(offset, int | float)
-        and math.isfinite(offset)
-    )
-    if not is_valid:
+    if not (isinstance(blocksize, int) and blocksize > 0 and _is_finite_number(offset)):
         raise FormatError(
             f"{layer}.weight.quant_state: expected nested_blocksize and nested_offset, got "
             f"{blocksize!r} and {offset!r}"
@@ -232,6 +226,10 @@ def _fp32_absmax(
             f"{nested_absmax.numel()} for {stored.numel()}"
         )
     return codebook[stored.int()] * nested_absmax[blocks] + offset
+
+
+def _is_finite_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def repack_scales(

@@ -7,32 +7,39 @@ at a time, in a buffer that the caller owns.
 Shapes: ``out`` and ``in`` are the sizes of the linear layer, ``groups`` the scales of one row.
 """
 
-from typing import Protocol, Self
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 
+@runtime_checkable
 class QuantizedWeight(Protocol):
-    """A quantized matrix of shape ``(out, in)`` whose scales are given from outside.
-
-    Attributes:
-        out_features: Rows of the matrix.
-        in_features: Columns of the matrix.
-        scales: The scales of the file, ``(out, groups)``; ``(1, blocks)`` where blocks cross rows.
-        blocks_cross_rows: True if a scale may belong to two rows (bitsandbytes with an input size
-            that is no multiple of the block). Row coordinates are not exact then.
-    """
+    """A quantized matrix of shape ``(out, in)`` whose scales are given from outside."""
 
     @property
-    def out_features(self) -> int: ...
+    def out_features(self) -> int:
+        """Rows of the matrix."""
+        ...
+
     @property
-    def in_features(self) -> int: ...
+    def in_features(self) -> int:
+        """Columns of the matrix."""
+        ...
+
     @property
-    def scales(self) -> Float[Tensor, "out groups"]: ...
+    def scales(self) -> Float[Tensor, "out groups"]:
+        """Scales of the file, ``(out, groups)``; ``(1, blocks)`` where blocks cross rows."""
+        ...
+
     @property
-    def blocks_cross_rows(self) -> bool: ...
+    def blocks_cross_rows(self) -> bool:
+        """Whether a scale may belong to two rows, so that row coordinates are not exact.
+
+        So it is in bitsandbytes files with an input size that is no multiple of the block.
+        """
+        ...
 
     def decode(self, rows: slice, buffer: Float[Tensor, " n"]) -> Float[Tensor, "rows in"]:
         """Write ``codebook[codes] - zeros`` of some rows into the buffer and return it as a matrix.
@@ -51,7 +58,7 @@ class QuantizedWeight(Protocol):
         """Multiply decoded rows by their scales into the buffer, which may be the decoded one."""
         ...
 
-    def to(self, device: torch.device) -> Self:
+    def to(self, device: torch.device) -> "QuantizedWeight":
         """Return the same weight with its tensors on another device."""
         ...
 

@@ -54,11 +54,7 @@ def open_adapter(folder: Path) -> Adapter:
 
 
 def scale_tensors(checkpoint: Checkpoint, scales: Scales) -> dict[str, Tensor]:
-    """Return the tuned scale tensors by key, as the files store them.
-
-    Raises:
-        FormatError: A scale does not fit the dtype of the file.
-    """
+    """Return the tuned scale tensors by key, as the files store them."""
     result = {}
     for index, layer in enumerate(checkpoint.layers):
         stored = checkpoint.layer_tensors(layer)
@@ -86,11 +82,7 @@ def save_adapter(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[st
 
 
 def apply_adapter(model: nn.Module, checkpoint: Checkpoint, adapter: Adapter) -> None:
-    """Give a loaded model the scales of an adapter.
-
-    Raises:
-        CheckpointError: The adapter was made from other codes, or a tensor is missing.
-    """
+    """Give a loaded model the scales of an adapter."""
     check_base(checkpoint, adapter.config)
     for layer in quant_linears(model):
         stored = adapter.tensors[checkpoint.scale_key(layer.name)]

@@ -63,6 +63,16 @@ def visit_blocks(
     ``run()`` computes the block over all samples in fp32 on the device; the outputs of its last
     call are the inputs of the next block. A block is moved to the device, in fp32, before its visit
     and its memory is released after it: the blocks are on the meta device in the end.
+
+    Args:
+        model: A float model; modified.
+        tokens: Sequences of equal length, without padding.
+        visit: Called once for each block.
+        device: Where blocks compute.
+        batch_size: Sequences that a block computes at once.
+
+    Raises:
+        CheckpointError: The model's forward leaves blocks out.
     """
     _, blocks = find_blocks(model)
     num_samples = tokens.shape[0]

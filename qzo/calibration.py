@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qzo.errors import DataError
+from qzo.precision import computing_in_fp32
 from qzo.records import read_records, read_text
 
 _CHARS_PER_TOKEN = 16  # more text than this a token is thinned out before it is tokenized
@@ -60,9 +61,8 @@ def token_windows(
     tokens: list[int] = tokenizer(joined, add_special_tokens=False, verbose=False)["input_ids"]
     if not tokens:
         raise DataError("calibration: expected text, got none")
-    bos = [] if tokenizer.bos_token_id not in tokenizer("a")["input_ids"] else [tokens[0]]
-    if bos:
-        bos = [tokenizer.bos_token_id]
+    adds_bos = tokenizer.bos_token_id in tokenizer("a")["input_ids"]
+    bos = [tokenizer.bos_token_id] if adds_bos else []
     width = min(seq_len - len(bos), len(tokens))
     num_windows = min(num_samples, len(tokens) // width)
     last = len(tokens) - width
@@ -80,7 +80,7 @@ def _thinned(text: str, num_chars: int, num_pieces: int) -> str:
     return "\n\n".join(text[start : start + width] for start in starts)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def samples_of_model(
     model: PreTrainedModel, *, num_samples: int, seq_len: int, seed: int
 ) -> Int[Tensor, "samples time"]:
@@ -101,9 +101,10 @@ def samples_of_model(
     bos = getattr(config, "bos_token_id", None)
     tokens = [first if bos is None else torch.full_like(first, bos)]
     cache = None
-    for _ in range(seq_len - 1):
-        output = model(input_ids=tokens[-1], past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
-        probabilities = output.logits[:, -1].float().softmax(dim=-1)
-        tokens.append(torch.multinomial(probabilities, 1, generator=generator))
+    with computing_in_fp32(model):
+        for _ in range(seq_len - 1):
+            output = model(input_ids=tokens[-1], past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            probabilities = output.logits[:, -1].float().softmax(dim=-1)
+            tokens.append(torch.multinomial(probabilities, 1, generator=generator))
     return torch.cat(tokens, dim=1)

@@ -67,7 +67,11 @@ class TensorFiles:
                 self.files[key] = name
 
     def __getitem__(self, key: str) -> Tensor:
-        """Return a memory-mapped tensor."""
+        """Return a memory-mapped tensor.
+
+        Raises:
+            CheckpointError: There is no such tensor.
+        """
         if key not in self.files:
             raise CheckpointError(f"{key}: expected this tensor in {self.folder}, not found")
         tensor: Tensor = self._file(self.files[key]).get_tensor(key)
@@ -199,7 +203,6 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
 
     Raises:
         CheckpointError: A file is missing or damaged.
-        FormatError: The checkpoint is not quantized, or in a format that is not supported.
     """
     folder = local_folder(source)
     config = read_json(folder / "config.json")
@@ -211,7 +214,8 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     layers = tuple(sorted(format_module.layer_names(tensors.files), key=natural_order))
     if not layers:
         raise CheckpointError(
-            f"{folder}: expected quantized layers as {format_module.QUANT_METHOD} names them, found none"
+            f"{folder}: expected quantized layers as {format_module.QUANT_METHOD} names them, "
+            "found none"
         )
     return Checkpoint(folder, config, quantization, format_module, spec, tensors, layers)
 
@@ -241,7 +245,8 @@ def local_folder(source: str | Path) -> Path:
     try:
         return Path(
             snapshot_download(
-                str(source), allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+                str(source),
+                allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"],
             )
         )
     except (OSError, ValueError, RuntimeError) as error:
@@ -260,7 +265,7 @@ def natural_order(name: str) -> list[tuple[int, int, str]]:
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """Return the bytes of a tensor in memory order."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    return flat.view(torch.uint8).numpy().data
 
 
 def write_safetensors(

@@ -61,7 +61,7 @@ def _stdout_for(as_json: bool) -> Iterator[Callable[[Any], None]]:
     if as_json:
         sys.stdout = sys.stderr
     try:
-        yield lambda value: real.write(json.dumps(value, default=str) + "\n") and None
+        yield lambda value: print(json.dumps(value, default=str), file=real)
     finally:
         sys.stdout = real
 
@@ -172,7 +172,9 @@ def plan(
     table = Table("part", "MiB", "how")
     for part in result.parts:
         table.add_row(part.name, f"{part.bytes / 2**20:,.1f}", part.formula)
-    table.add_row("peak", f"{result.peak_bytes / 2**20:,.1f}", f"{result.peak_bytes / 2**30:.2f} GiB")
+    table.add_row(
+        "peak", f"{result.peak_bytes / 2**20:,.1f}", f"{result.peak_bytes / 2**30:.2f} GiB"
+    )
     console = Console(highlight=False)
     console.print(table)
     for note in result.notes:
@@ -183,7 +185,11 @@ def plan(
 
 @app.command()
 def doctor(as_json: AsJSON = False) -> None:
-    """Check versions, devices, kernels and known traps of the installed packages."""
+    """Check versions, devices, kernels and known traps of the installed packages.
+
+    Raises:
+        SystemExit: A check failed.
+    """
     from qzo.doctor import doctor as run
 
     with _stdout_for(as_json) as print_json:
@@ -258,7 +264,11 @@ def evaluate(
     device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
     as_json: AsJSON = False,
 ) -> None:
-    """Evaluate a checkpoint on a task or on your own data."""
+    """Evaluate a checkpoint on a task or on your own data.
+
+    Raises:
+        ConfigError: Neither a task nor data is given.
+    """
     if task is None and data is None:
         raise ConfigError("--task: expected a task, or --data with a file, got neither")
     from qzo.evaluate import evaluate as run

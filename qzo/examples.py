@@ -62,7 +62,9 @@ def from_records(
     records: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, *, max_length: int
 ) -> ExampleSet:
     """Encode the user's own records; with candidates they are classification examples."""
-    examples = encode_records([dict(record) for record in records], tokenizer, max_length=max_length)
+    examples = encode_records(
+        [dict(record) for record in records], tokenizer, max_length=max_length
+    )
     is_classification = all(len(example.candidates) > 1 for example in examples)
     return ExampleSet(examples, "classification" if is_classification else "language_modeling")
 

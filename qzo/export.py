@@ -50,10 +50,6 @@ def export(run: str | Path, out: str | Path) -> Exported:
     Args:
         run: A run folder, or a folder with nothing but its journal.
         out: A new or empty folder.
-
-    Raises:
-        CheckpointError: The base is not the one of the run, the folder cannot be written, or the
-            exported files do not give the trained model's loss.
     """
     folder, target = Path(run), Path(out)
     if not (folder / "adapter_config.json").is_file():

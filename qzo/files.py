@@ -27,7 +27,7 @@ def new_file(target: Path) -> Iterator[Path]:
     """Give a temporary name that replaces ``target`` when the block ends without an error.
 
     Raises:
-        CheckpointError: The folder cannot be written, or the disk is full.
+        WriteError: The folder cannot be written, or the disk is full.
     """
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
     try:
@@ -36,7 +36,7 @@ def new_file(target: Path) -> Iterator[Path]:
         partial.replace(target)
         sync(target.parent)
     except OSError as error:
-        raise write_error(target, error) from error
+        raise WriteError(target, error) from error
     finally:
         partial.unlink(missing_ok=True)
 
@@ -73,6 +73,7 @@ def new_folder(target: Path) -> Iterator[Path]:
 
     Raises:
         CheckpointError: The target exists and is not empty, or cannot be written.
+        WriteError: The folder cannot be written, or the disk is full.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointError(f"{target}: expected a new or empty folder; choose another --out")
@@ -90,7 +91,7 @@ def new_folder(target: Path) -> Iterator[Path]:
         partial.rename(target)
         sync(target.parent)
     except OSError as error:
-        raise write_error(target, error) from error
+        raise WriteError(target, error) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -109,8 +110,14 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_error(path: Path, error: OSError) -> CheckpointError:
-    """Describe a failed write in one line."""
-    return CheckpointError(
-        f"{path}: cannot be written: {error.strerror or error}; nothing was left half-written"
-    )
+class WriteError(CheckpointError):
+    """A file or folder could not be written; what was there before is intact.
+
+    Args:
+        path: The target.
+        error: Why.
+    """
+
+    def __init__(self, path: Path, error: OSError) -> None:
+        reason = error.strerror or error
+        super().__init__(f"{path}: cannot be written: {reason}; nothing was left half-written")

@@ -38,12 +38,7 @@ class Inspection:
 
 
 def inspect(source: str | Path) -> Inspection:
-    """Read every quantized layer of a checkpoint and count.
-
-    Raises:
-        CheckpointError: A file is missing or damaged.
-        FormatError: The format is not supported, or a tensor contradicts the config.
-    """
+    """Read every quantized layer of a checkpoint and count."""
     checkpoint = open_checkpoint(source)
     weights = [checkpoint.weight(layer) for layer in checkpoint.layers]
     files = set(checkpoint.tensors.files.values())

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from qzo.errors import CheckpointError
-from qzo.files import write_bytes, write_error
+from qzo.files import WriteError, write_bytes
 from qzo.probes import DirectionalDerivative, direction_seed
 
 NAME = "journal.jsonl"
@@ -69,11 +69,7 @@ class Journal:
 
     @classmethod
     def open(cls, path: Path) -> "Journal":
-        """Continue a journal; a torn last line is cut off.
-
-        Raises:
-            CheckpointError: A line is damaged, or the file is no journal of this version.
-        """
+        """Continue a journal; a torn last line is cut off."""
         lines, torn_at = _read_lines(path)
         header = _header(path, lines)
         journal = cls(path, header, 0)
@@ -92,11 +88,7 @@ class Journal:
         derivatives: Sequence[DirectionalDerivative],
         learning_rate: float,
     ) -> None:
-        """Put a step on disk.
-
-        Raises:
-            CheckpointError: The disk is full or the file cannot be written.
-        """
+        """Put a step on disk."""
         assert step == self.next_step
         self._write(
             {
@@ -126,7 +118,7 @@ class Journal:
                 os.fsync(file.fileno())
         except OSError as error:
             os.truncate(self.path, start)
-            raise write_error(self.path, error) from error
+            raise WriteError(self.path, error) from error
 
 
 def derivatives_of(record: Step, run_seed: int) -> list[DirectionalDerivative]:
@@ -147,7 +139,11 @@ def _finite_or_none(value: float) -> float | None:
 
 
 def _read_lines(path: Path) -> tuple[list[bytes], int | None]:
-    """Return the complete lines, and where a torn last line starts."""
+    """Return the complete lines, and where a torn last line starts.
+
+    Raises:
+        CheckpointError: The file cannot be read.
+    """
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -205,7 +201,9 @@ def _is_number(value: object) -> bool:
 def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
     try:
         if len(line) > _LINE_BYTES_MAX:
-            raise CheckpointError(f"{path}: line {number}: expected at most {_LINE_BYTES_MAX} bytes")
+            raise CheckpointError(
+                f"{path}: line {number}: expected at most {_LINE_BYTES_MAX} bytes"
+            )
         value = json.loads(line.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: line {number}: expected JSON, got {error}") from error

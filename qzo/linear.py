@@ -8,6 +8,7 @@ Padding is dropped before the product and put back as zeros after it.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from jaxtyping import Float, Int
@@ -131,7 +132,7 @@ class QuantLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantLinear":
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         device = fn(torch.empty(0, dtype=torch.uint8)).device  # dtypes of codes and scales stay
         self.quantized = self.quantized.to(device)
         return self
@@ -167,7 +168,7 @@ class QuantLinear(nn.Module):
             self._tile_product(x, decoded, rows, bounds, effective, y)
         if isinstance(effective, RowMultipliers):
             multipliers = effective.multipliers.to(x.dtype)
-            for p, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+            for p, (start, stop) in enumerate(pairwise(bounds)):
                 y[start:stop] *= multipliers[p]
         return y if self.bias is None else y.add_(self.bias)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qzo.files import write_bytes, write_error
+from qzo.files import WriteError, write_bytes
 from qzo.probes import DirectionalDerivative
 
 NAME = "metrics.jsonl"
@@ -63,7 +63,7 @@ class Metrics:
         """Add a line; NaN becomes null.
 
         Raises:
-            CheckpointError: The disk is full or the file cannot be written.
+            WriteError: The disk is full or the file cannot be written.
         """
         clean = {key: _clean(value) for key, value in line.items()}
         start = self.path.stat().st_size
@@ -72,7 +72,7 @@ class Metrics:
                 file.write(json.dumps(clean) + "\n")
         except OSError as error:
             os.truncate(self.path, start)
-            raise write_error(self.path, error) from error
+            raise WriteError(self.path, error) from error
         self.lines.append(clean)
 
     def best(self) -> tuple[int, float] | None:

@@ -34,10 +34,6 @@ def load(
 
     Returns:
         The model in eval mode, ready for ``model(input_ids=...)`` and ``generate``.
-
-    Raises:
-        CheckpointError: A file is missing or contradicts another.
-        FormatError: The checkpoint is not quantized, or in a format that is not supported.
     """
     return load_checkpoint(open_checkpoint(path), dtype, device)
 
@@ -57,10 +53,11 @@ def load_checkpoint(
     for layer in checkpoint.layers:
         used |= _place_layer(model, checkpoint, layer, keys[layer], dtype, live)
     _load_rest(model, checkpoint, used, dtype)
-    model.to(device)
+    nn.Module.to(model, device)
     model.generation_config = _generation_config(checkpoint.folder, model)
     model.qzo_checkpoint = checkpoint  # type: ignore[assignment]  # not a tensor or module
-    return model.eval()
+    model.eval()
+    return model
 
 
 def quant_linears(model: nn.Module) -> list[QuantLinear]:
@@ -78,7 +75,11 @@ def quant_linears(model: nn.Module) -> list[QuantLinear]:
 
 
 def _skeleton(folder: Path) -> PreTrainedModel:
-    """Build the model with parameters on ``meta`` and real buffers."""
+    """Build the model with parameters on ``meta`` and real buffers.
+
+    Raises:
+        CheckpointError: The config is not that of a causal language model.
+    """
     from accelerate import init_empty_weights
 
     try:
@@ -105,7 +106,11 @@ def _config_dtype(checkpoint: Checkpoint) -> torch.dtype:
 
 
 def _module_keys(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
-    """Map names in the files to names in the model; older files leave out the base prefix."""
+    """Map names in the files to names in the model; older files leave out the base prefix.
+
+    Raises:
+        CheckpointError: A layer of the files is no linear layer of the model.
+    """
     modules = dict(model.named_modules())
     prefix = f"{model.base_model_prefix}."
     keys = {}
@@ -128,7 +133,12 @@ def _place_layer(
     dtype: torch.dtype,
     live: Live,
 ) -> set[str]:
-    """Put one QuantLinear in place; return the keys that it used."""
+    """Put one QuantLinear in place; return the keys that it used.
+
+    Raises:
+        CheckpointError: Its bias is missing.
+        FormatError: Its shape is not that of the config.
+    """
     linear = model.get_submodule(module_name)
     weight = checkpoint.weight(layer)
     want = (linear.out_features, linear.in_features)
@@ -149,7 +159,11 @@ def _place_layer(
 def _load_rest(
     model: PreTrainedModel, checkpoint: Checkpoint, used: set[str], dtype: torch.dtype
 ) -> None:
-    """Load everything that is not quantized, and tie what is tied."""
+    """Load everything that is not quantized, and tie what is tied.
+
+    Raises:
+        CheckpointError: A tensor is missing, unexpected, or of another shape.
+    """
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     state: dict[str, Tensor] = {}
     for key in checkpoint.tensors.files:
@@ -178,7 +192,7 @@ def _load_rest(
 def _generation_config(folder: Path, model: PreTrainedModel) -> GenerationConfig:
     if (folder / "generation_config.json").is_file():
         return GenerationConfig.from_pretrained(folder)
-    return cast(GenerationConfig, model.generation_config)
+    return model.generation_config
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -10,7 +10,6 @@ The loss of a probe is the mean over its examples.
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
@@ -105,8 +104,7 @@ class Objective:
             scores = answer_scores(self._model, stack)
         labels = [example.label for examples in items for example in examples]
         return [
-            example_loss(row, label, self._loss)
-            for row, label in zip(scores, labels, strict=True)
+            example_loss(row, label, self._loss) for row, label in zip(scores, labels, strict=True)
         ]
 
     def _example(self, number: int) -> EncodedExample:

@@ -7,7 +7,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 
-class ProgressCallback(TrainerCallback):  # type: ignore[misc]  # transformers leaves it untyped
+class ProgressCallback(TrainerCallback):
     """Shows a run while it runs.
 
     Args:

@@ -206,9 +206,9 @@ def _calibration_tokens(
             f"{source.name}: expected a tokenizer to read the calibration text with, found none; "
             "leave out --calibration to calibrate on samples of the model itself"
         )
-    is_file = isinstance(calibration, Path)
-    texts = read_calibration_texts(calibration) if is_file else calibration
-    return token_windows(texts, source.tokenizer, num_samples=num_samples, seq_len=seq_len)
+    if isinstance(calibration, Path):
+        calibration = read_calibration_texts(calibration)
+    return token_windows(calibration, source.tokenizer, num_samples=num_samples, seq_len=seq_len)
 
 
 def _no_progress(_done: int, _total: int, _layer: str) -> None:

@@ -10,7 +10,7 @@ from qzo.checkpoint import Checkpoint, open_checkpoint, tensor_bytes
 from qzo.directions import GENERATOR
 from qzo.errors import CheckpointError
 from qzo.journal import NAME as JOURNAL_NAME
-from qzo.journal import Fingerprint, Journal, Step, derivatives_of
+from qzo.journal import Fingerprint, Journal, derivatives_of
 from qzo.optimizers import OPTIMIZERS
 from qzo.scales import Scales
 
@@ -88,9 +88,7 @@ def apply_journal(
             continue
         if to_step is not None and record.step >= to_step:
             break
-        optimizer.step(
-            scales, derivatives_of(record, journal.header["seed"]), record.learning_rate
-        )
+        optimizer.step(scales, derivatives_of(record, journal.header["seed"]), record.learning_rate)
         step = record.step + 1
     if to_step is not None and step != to_step:
         raise CheckpointError(
@@ -137,9 +135,7 @@ def base_of(header: Mapping[str, Any]) -> Checkpoint:
     return checkpoint
 
 
-def adapter_config(
-    header: Mapping[str, Any], checkpoint: Checkpoint, step: int
-) -> dict[str, Any]:
+def adapter_config(header: Mapping[str, Any], checkpoint: Checkpoint, step: int) -> dict[str, Any]:
     """Return ``adapter_config.json`` for the scales after a number of steps."""
     return {
         "base_model_name_or_path": header["base"],

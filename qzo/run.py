@@ -19,11 +19,7 @@ from qzo.trainer import Result, Trainer
 
 
 def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> Result:
-    """Train as a recipe says, and write everything that belongs into the run folder.
-
-    Raises:
-        QZOError: Something in the recipe, the data or the checkpoint cannot be used.
-    """
+    """Train as a recipe says, and write everything that belongs into the run folder."""
     checkpoint = base_checkpoint(recipe)
     tokenizer = load_tokenizer(checkpoint.folder)
     train_set, eval_set = data_sets(recipe, tokenizer)

@@ -16,7 +16,7 @@ from qzo.directions import GENERATOR
 from qzo.encoding import Candidate, EncodedExample
 from qzo.errors import CheckpointError, ConfigError
 from qzo.examples import ExampleSet
-from qzo.files import read_json, write_bytes, write_error
+from qzo.files import WriteError, read_json, write_bytes
 from qzo.journal import NAME as JOURNAL_NAME
 from qzo.journal import Journal
 from qzo.version import __version__
@@ -58,6 +58,7 @@ def open_journal(config: Recipe, header: Mapping[str, Any]) -> Journal:
 
     Raises:
         CheckpointError: The folder is not empty, cannot be written, or holds another run.
+        WriteError: The folder cannot be written.
     """
     folder = Path(config.output_dir)
     path = folder / JOURNAL_NAME
@@ -65,7 +66,9 @@ def open_journal(config: Recipe, header: Mapping[str, Any]) -> Journal:
         journal = Journal.open(path)
         _check_same(journal, header)
         return journal
-    others = [entry for entry in folder.iterdir() if entry.name != "base"] if folder.is_dir() else []
+    others = (
+        [entry for entry in folder.iterdir() if entry.name != "base"] if folder.is_dir() else []
+    )
     if others or folder.is_file():
         raise CheckpointError(
             f"{folder}: expected a new or empty folder; choose another output_dir, or set "
@@ -74,7 +77,7 @@ def open_journal(config: Recipe, header: Mapping[str, Any]) -> Journal:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise write_error(folder, error) from error
+        raise WriteError(folder, error) from error
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
     write_bytes(folder / "recipe.yaml", text.encode("utf-8"))
     return Journal.create(path, header)

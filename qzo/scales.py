@@ -14,6 +14,7 @@ away: the master is never perturbed, so nothing has to be restored.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
+from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -61,8 +62,7 @@ class Scales:
         self.direction: DirectionName = direction
         self._file_scales = list(file_scales)
         sizes = [len(s) if coordinates == "row" else s.numel() for s in file_scales]
-        ends = torch.tensor(sizes).cumsum(0).tolist()
-        self._bounds = [0, *ends]
+        self._bounds = [0, *accumulate(sizes)]
         device = file_scales[0].device
         if coordinates == "absolute":
             self.values = torch.cat([scales.float().reshape(-1) for scales in file_scales])

@@ -144,7 +144,7 @@ def activation_bytes_per_row(model: PreTrainedModel, seq_len: int) -> int:
         ) from error
 
 
-class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's class is untyped
+class _LiveBytes(TorchDispatchMode):
     """Adds up the storages that operations create and that are still referenced."""
 
     peak: int

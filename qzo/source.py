@@ -173,7 +173,7 @@ def _from_gguf(path: Path) -> FloatModel:
 
 def _load_model(name: str, folder: Path, **options: Any) -> PreTrainedModel:
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, trust_remote_code=False, output_loading_info=True, **options
         )
     except _LOAD_ERRORS as error:
@@ -181,14 +181,14 @@ def _load_model(name: str, folder: Path, **options: Any) -> PreTrainedModel:
             f"{name}: expected a causal language model that transformers can load: "
             f"{_first_line(error)}"
         ) from error
-    missing = sorted(info["missing_keys"])
+    model: PreTrainedModel = loaded[0]
+    missing = sorted(loaded[1]["missing_keys"])
     if missing:
         raise CheckpointError(
             f"{name}: expected the weight {missing[0]} in its files, not found (and "
             f"{len(missing) - 1} more)"
         )
-    loaded: PreTrainedModel = model.eval()
-    return loaded
+    return model.eval()
 
 
 def _load_tokenizer(name: str, folder: Path, **options: Any) -> PreTrainedTokenizerBase:

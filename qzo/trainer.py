@@ -126,7 +126,6 @@ class Trainer:
         """Run to ``max_steps``; continue the journal in ``output_dir`` if the recipe says so.
 
         Raises:
-            CheckpointError: The output folder is not empty, or not writable.
             QZOError: The loss was not finite too many times in a row.
         """
         config, scales, estimator = self.config, self.scales, self.estimator

@@ -7,6 +7,7 @@ codes or permuted the scales are refused: what they hold is no longer what a che
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -36,7 +37,6 @@ def wrap(model: PreTrainedModel) -> PreTrainedModel:
 
     Raises:
         CheckpointError: There is nothing to adopt, or a module holds repacked codes.
-        FormatError: The tensors of a module contradict each other.
     """
     config = _quantization_config(model)
     live = Live()
@@ -50,15 +50,12 @@ def wrap(model: PreTrainedModel) -> PreTrainedModel:
         model.set_submodule(name, _adopt(name, module, config, live))
     model.requires_grad_(False)
     model.is_quantized = False  # type: ignore[assignment]  # transformers' own kernels are gone
-    return model.eval()
+    model.eval()
+    return model
 
 
 def checkpoint_of(model: PreTrainedModel, folder: Path) -> Checkpoint:
-    """Return the checkpoint that a model was loaded from; a wrapped model is written to ``folder``.
-
-    Raises:
-        CheckpointError: The folder cannot be written.
-    """
+    """Return the checkpoint of a model; a wrapped model is written to ``folder`` first."""
     checkpoint: Checkpoint | None = getattr(model, "qzo_checkpoint", None)
     if checkpoint is None:
         if not folder.exists():
@@ -69,21 +66,15 @@ def checkpoint_of(model: PreTrainedModel, folder: Path) -> Checkpoint:
 
 
 def tokenizer_of(model: PreTrainedModel) -> Any:
-    """Load the tokenizer that belongs to a model.
-
-    Raises:
-        CheckpointError: There is none.
-    """
+    """Load the tokenizer that belongs to a model."""
     checkpoint: Checkpoint | None = getattr(model, "qzo_checkpoint", None)
-    return load_tokenizer(checkpoint.folder if checkpoint else Path(model.config.name_or_path))
+    return load_tokenizer(
+        checkpoint.folder if checkpoint else Path(model.config.name_or_path or ".")
+    )
 
 
 def save_base(model: PreTrainedModel, folder: Path) -> None:
-    """Write a wrapped model as a pre-quantized checkpoint of its format.
-
-    Raises:
-        CheckpointError: The folder is not empty or cannot be written.
-    """
+    """Write a wrapped model as a pre-quantized checkpoint of its format."""
     layers = {layer.name: layer for layer in quant_linears(model)}
     with new_folder(folder) as partial:
         writer = CheckpointWriter(partial)
@@ -98,10 +89,8 @@ def save_base(model: PreTrainedModel, folder: Path) -> None:
         write_json(partial / "config.json", _config(model))
         if model.generation_config is not None:
             model.generation_config.save_pretrained(partial)
-        try:
+        with suppress(CheckpointError):  # without a tokenizer the export has none either
             tokenizer_of(model).save_pretrained(partial)
-        except CheckpointError:
-            pass  # the user's model came without a tokenizer; its export has none either
 
 
 def _unquantized(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -137,13 +126,11 @@ def _is_quantized(module: nn.Module) -> bool:
     return type(module).__name__ == "Linear4bit" or hasattr(module, "qweight")
 
 
-def _adopt(
-    name: str, module: nn.Module, config: Mapping[str, Any], live: Live
-) -> QuantLinear:
+def _adopt(name: str, module: nn.Module, config: Mapping[str, Any], live: Live) -> QuantLinear:
     format_module: ModuleType
     if type(module).__name__ == "Linear4bit":
         format_module, roles = nf4, _bitsandbytes_tensors(name, module)
-        spec: Any = nf4.NF4Spec(module.weight.quant_state.quant_type)  # type: ignore[union-attr]
+        spec: Any = nf4.NF4Spec(_quant_state(module).quant_type)
     else:
         format_module, roles = gptq, _gptq_tensors(name, module)
         # GPTQModel holds v2 zero points, whatever the file had
@@ -157,8 +144,7 @@ def _adopt(
 
 
 def _bitsandbytes_tensors(name: str, module: nn.Module) -> dict[str, Tensor]:
-    weight: Any = module.weight
-    state = getattr(weight, "quant_state", None)
+    state = _quant_state(module)
     if state is None:
         raise CheckpointError(
             f"{name}: expected 4-bit codes, found a float weight; bitsandbytes quantizes when the "
@@ -171,13 +157,19 @@ def _bitsandbytes_tensors(name: str, module: nn.Module) -> dict[str, Tensor]:
         )
     packed = state.as_dict(packed=True)
     roles = {
-        "weight": weight.data,
+        "weight": module.weight.data,
         "absmax": packed["absmax"],
         "quant_map": packed["quant_map"],
         "quant_state": next(v for k, v in packed.items() if "bitsandbytes__" in k),
     }
-    nested = {role: packed[role] for role in ("nested_absmax", "nested_quant_map") if role in packed}
+    nested = {
+        role: packed[role] for role in ("nested_absmax", "nested_quant_map") if role in packed
+    }
     return {**roles, **nested}
+
+
+def _quant_state(module: nn.Module) -> Any:
+    return getattr(module.weight, "quant_state", None)
 
 
 def _gptq_tensors(name: str, module: nn.Module) -> dict[str, Tensor]:
@@ -187,5 +179,7 @@ def _gptq_tensors(name: str, module: nn.Module) -> dict[str, Tensor]:
             f"{name}: expected GPTQ tensors in their natural layout, found {kind}, which may "
             "repack them; use qzo.load on the checkpoint, or load it with backend 'torch'"
         )
-    tensors = {role: getattr(module, role, None) for role in ("qweight", "qzeros", "scales", "g_idx")}
+    tensors = {
+        role: getattr(module, role, None) for role in ("qweight", "qzeros", "scales", "g_idx")
+    }
     return {role: tensor for role, tensor in tensors.items() if isinstance(tensor, Tensor)}

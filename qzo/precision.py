@@ -1,0 +1,66 @@
+"""Compute in fp32 with a model that is stored in 16 bits.
+
+CPUs multiply fp16 and bf16 matrices many times slower than fp32 ones. Here every module computes on
+an fp32 copy of its own parameters, made when it is called and dropped when it returns; so memory
+grows by one module, and the model is unchanged afterwards.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+_HALVES = (torch.float16, torch.bfloat16)
+
+
+@contextmanager
+def computing_in_fp32(model: nn.Module) -> Iterator[None]:
+    """Let a model compute in fp32 inside the ``with`` block."""
+    stored: dict[nn.Parameter, Tensor] = {}
+    handles = []
+    for module in model.modules():
+        parameters = [p for p in module.parameters(recurse=False) if p.dtype in _HALVES]
+        if not parameters:
+            continue
+        if isinstance(module, nn.Embedding):  # looks rows up: only these need to be fp32
+            handles.append(module.register_forward_hook(lambda _m, _args, rows: _fp32(rows)))
+            continue
+        handles.append(
+            module.register_forward_pre_hook(_widen(parameters, stored), with_kwargs=True)
+        )
+        handles.append(module.register_forward_hook(_restore(parameters, stored)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter, tensor in stored.items():  # of modules that an exception left
+            parameter.data = tensor
+
+
+def _widen(parameters: list[nn.Parameter], stored: dict[nn.Parameter, Tensor]) -> Any:
+    def before(_module: nn.Module, args: Any, kwargs: Any) -> Any:
+        for parameter in parameters:
+            stored[parameter] = parameter.data
+            parameter.data = parameter.data.float()
+        return _fp32(args), _fp32(kwargs)
+
+    return before
+
+
+def _restore(parameters: list[nn.Parameter], stored: dict[nn.Parameter, Tensor]) -> Any:
+    def after(_module: nn.Module, _args: Any, _output: Any) -> None:
+        for parameter in parameters:
+            parameter.data = stored.pop(parameter)
+
+    return after
+
+
+def _fp32(tree: Any) -> Any:
+    def widen(value: Any) -> Any:
+        return value.float() if isinstance(value, Tensor) and value.dtype in _HALVES else value
+
+    return tree_map(widen, tree)
