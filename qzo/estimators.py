@@ -24,7 +24,7 @@ class Estimator(Protocol):
         ...
 
     def tell(self, probes: Sequence[Probe], losses: Sequence[float]) -> list[DirectionalDerivative]:
-        """Turn one loss per probe into one derivative per direction; empty if none is finite."""
+        """Turn one loss per probe into one derivative per direction; NaN where one is missing."""
         ...
 
 
@@ -64,18 +64,22 @@ class SPSA:
         return [Probe(seed, sign * self.epsilon) for sign in (1, -1) for seed in seeds]
 
     def tell(self, probes: Sequence[Probe], losses: Sequence[float]) -> list[DirectionalDerivative]:
-        """Return the clipped derivative of every direction whose two losses are finite."""
+        """Return the clipped derivative of every direction; NaN where a loss is not finite.
+
+        None is left out: the journal knows a direction by its place.
+        """
         half = len(probes) // 2
         derivatives = []
         for probe, plus, minus in zip(probes[:half], losses[:half], losses[half:], strict=True):
             raw = (plus - minus) / (2 * self.epsilon)
-            if math.isfinite(raw):
-                derivatives.append(DirectionalDerivative(probe.seed, self.clip(raw), raw))
+            if not math.isfinite(raw):
+                raw = math.nan  # not infinity, which the clip would turn into a number
+            derivatives.append(DirectionalDerivative(probe.seed, self.clip(raw), raw))
         return derivatives
 
     def clip(self, derivative: float) -> float:
-        """Clip a directional derivative (DDC, eq. 6)."""
-        if self.max_loss_difference is None:
+        """Clip a directional derivative (DDC, eq. 6); NaN stays NaN."""
+        if self.max_loss_difference is None or math.isnan(derivative):
             return derivative
         bound = self.max_loss_difference / (2 * self.epsilon)  # C of the paper
         return min(max(derivative, -bound), bound)

@@ -5,7 +5,7 @@ from the run's seed and the step. With the base checkpoint that is all it takes 
 scales, so the journal is the smallest adapter there is.
 
 ``journal.jsonl``: line 1 is the header. A step line is ``{"step", "losses", "derivatives",
-"learning_rate"}``; a derivative is null where the losses were not finite. A line
+"learning_rate"}``; what is not finite is null. A line
 ``{"step", "fingerprint"}`` holds the sha256 of the master before that step.
 """
 
@@ -25,13 +25,20 @@ NAME = "journal.jsonl"
 VERSION = 1
 
 _LINE_BYTES_MAX = 2**24
+# What a replay reads, and its type in JSON.
+_HEADER_TYPES: dict[str, type] = {
+    **dict.fromkeys(("base", "codes_sha256", "scales_sha256", "generator", "qzo_version"), str),
+    **dict.fromkeys(("coordinates", "direction", "optimizer"), str),
+    **{"layers": list, "num_values": int, "seed": int, "recipe": dict},
+}
 
 
 @dataclass(frozen=True)
 class Step:
-    """One step line; a derivative that is not finite is None."""
+    """One step line; a loss or derivative that is not finite is None."""
 
     step: int
+    losses: tuple[float | None, ...]
     derivatives: tuple[float | None, ...]
     learning_rate: float
 
@@ -51,14 +58,15 @@ class Journal:
         path: The file.
         header: Its first line.
         next_step: The first step that it does not hold.
-        was_torn: True if a torn last line was dropped.
+        was_torn: True if the last line was torn. It does not count; the next line replaces it.
     """
 
     def __init__(self, path: Path, header: Mapping[str, Any], next_step: int) -> None:
         self.path = path
         self.header = dict(header)
         self.next_step = next_step
-        self.was_torn = False
+        self._marked_step: int | None = None
+        self._torn_at: int | None = None
 
     @classmethod
     def create(cls, path: Path, header: Mapping[str, Any]) -> "Journal":
@@ -69,17 +77,22 @@ class Journal:
 
     @classmethod
     def open(cls, path: Path) -> "Journal":
-        """Continue a journal; a torn last line is cut off."""
+        """Read a journal and continue it with the next line; reading changes nothing."""
         lines, torn_at = _read_lines(path)
         header = _header(path, lines)
         journal = cls(path, header, 0)
         for record in _records(path, lines):
             if isinstance(record, Step):
                 journal.next_step = record.step + 1
-        if torn_at is not None:
-            os.truncate(path, torn_at)
-            journal.was_torn = True
+            else:
+                journal._marked_step = record.step
+        journal._torn_at = torn_at
         return journal
+
+    @property
+    def was_torn(self) -> bool:
+        """Tell whether the last line of the file is torn."""
+        return self._torn_at is not None
 
     def append(
         self,
@@ -101,8 +114,10 @@ class Journal:
         self.next_step = step + 1
 
     def mark(self, fingerprint: str) -> None:
-        """Put a fingerprint of the master, as it is before the next step, on disk."""
-        self._write({"step": self.next_step, "fingerprint": fingerprint})
+        """Put a fingerprint of the master, as it is before the next step, on disk, once."""
+        if self._marked_step != self.next_step:
+            self._write({"step": self.next_step, "fingerprint": fingerprint})
+            self._marked_step = self.next_step
 
     def records(self) -> Iterator[Step | Fingerprint]:
         """Yield what the journal holds, in order."""
@@ -110,9 +125,11 @@ class Journal:
         yield from _records(self.path, lines)
 
     def _write(self, value: Mapping[str, Any]) -> None:
-        start = self.path.stat().st_size
+        start = self.path.stat().st_size if self._torn_at is None else self._torn_at
         try:
             with self.path.open("ab") as file:
+                file.truncate(start)
+                self._torn_at = None
                 file.write(_line(value))
                 file.flush()
                 os.fsync(file.fileno())
@@ -159,6 +176,11 @@ def _header(path: Path, lines: Sequence[bytes]) -> dict[str, Any]:
             f"{path}: expected a qzo journal of version {VERSION}, got format "
             f"{header.get('format')!r} version {header.get('version')!r}"
         )
+    for key, kind in _HEADER_TYPES.items():
+        if not isinstance(header.get(key), kind):
+            raise CheckpointError(
+                f"{path}: line 1: expected {key} of type {kind.__name__}, got {header.get(key)!r}"
+            )
     return header
 
 
@@ -178,19 +200,23 @@ def _records(path: Path, lines: Sequence[bytes]) -> Iterator[Step | Fingerprint]
 
 
 def _step(path: Path, number: int, value: Mapping[str, Any]) -> Step:
-    derivatives, learning_rate = value.get("derivatives"), value.get("learning_rate")
+    losses, derivatives = value.get("losses"), value.get("derivatives")
+    learning_rate = value.get("learning_rate")
     is_valid = (
-        isinstance(derivatives, list)
-        and all(d is None or _is_number(d) for d in derivatives)
+        isinstance(losses, list)
+        and isinstance(derivatives, list)
+        and all(entry is None or _is_number(entry) for entry in [*losses, *derivatives])
         and _is_number(learning_rate)
     )
     if not is_valid:
         raise CheckpointError(
-            f"{path}: line {number}: expected derivatives and a learning_rate, got something else"
+            f"{path}: line {number}: expected losses, derivatives and a learning_rate, got "
+            "something else"
         )
+    assert isinstance(losses, list)
     assert isinstance(derivatives, list)
     assert isinstance(learning_rate, int | float)
-    return Step(int(value["step"]), tuple(derivatives), learning_rate)
+    return Step(int(value["step"]), tuple(losses), tuple(derivatives), learning_rate)
 
 
 def _is_number(value: object) -> bool:

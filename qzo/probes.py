@@ -28,7 +28,7 @@ class DirectionalDerivative:
 
     Attributes:
         seed: Seed of the direction.
-        value: After clipping.
+        value: After clipping; NaN if the losses were not finite.
         raw: Before clipping.
     """
 

@@ -68,7 +68,7 @@ class Scales:
             self.values = torch.cat([scales.float().reshape(-1) for scales in file_scales])
         else:
             self.values = torch.ones(self._bounds[-1], dtype=torch.float32, device=device)
-        self._window: tuple[int, int, Tensor] | None = None
+        self._window: tuple[Sequence[Probe], int, int, Tensor] | None = None
 
     @classmethod
     def of_checkpoint(
@@ -155,6 +155,7 @@ class Scales:
 
     def move(self, start: int, stop: int, change: Float[Tensor, " length"]) -> None:
         """Add to a part of the master; no value goes below 0 (QZO, algorithm 1)."""
+        self._window = None
         part = self.values[start:stop]
         part.add_(change).clamp_(min=0)
 
@@ -173,6 +174,7 @@ class Scales:
                 f"trained vector: expected {len(self)} values, got {values.numel()}; was it made "
                 "from another base or with other coordinates?"
             )
+        self._window = None
         self.values.copy_(values)
 
     def _shifted_values(
@@ -180,13 +182,15 @@ class Scales:
     ) -> Float[Tensor, "probes length"]:
         """Return ``v + offset z`` of one layer, from a window of consecutive layers."""
         start, stop = self._bounds[layer], self._bounds[layer + 1]
-        if self._window is None or not self._window[0] <= start < stop <= self._window[1]:
+        if self._window is None or not (
+            self._window[0] == probes and self._window[1] <= start < stop <= self._window[2]
+        ):
             width = max(_WINDOW // len(probes), 1)
             first = start // width * width  # the same windows whatever the order of the layers
             last = min(max(first + width, stop), len(self))
-            self._window = (first, last, self._shift(probes, first, last))
-        offset = self._window[0]
-        return self._window[2][:, start - offset : stop - offset]
+            self._window = (probes, first, last, self._shift(probes, first, last))
+        _, offset, _, shifted = self._window
+        return shifted[:, start - offset : stop - offset]
 
     def _shift(
         self, probes: Sequence[Probe], start: int, stop: int

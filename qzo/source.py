@@ -188,7 +188,8 @@ def _load_model(name: str, folder: Path, **options: Any) -> PreTrainedModel:
             f"{name}: expected the weight {missing[0]} in its files, not found (and "
             f"{len(missing) - 1} more)"
         )
-    return model.eval()
+    model.eval()
+    return model
 
 
 def _load_tokenizer(name: str, folder: Path, **options: Any) -> PreTrainedTokenizerBase:

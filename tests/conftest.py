@@ -1,0 +1,35 @@
+"""Shape checks for every test, and the fixtures that several files share."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from jaxtyping import install_import_hook
+
+# Before qzo and quantizers are imported. With is_pep484_tower an int is a float.
+CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
+install_import_hook(["qzo", "quantizers"], CHECKER)
+
+torch.set_num_threads(1)  # sums in the same order on every machine
+
+_ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def shared() -> Path:
+    """The folder of shared material; a test that needs it skips where there is none."""
+    folder = Path(os.environ.get("QZO_SHARED", _ROOT.parent / "shared"))
+    if not folder.is_dir():
+        pytest.skip(f"no shared material at {folder}; set QZO_SHARED")
+    return folder
+
+
+@pytest.fixture
+def natural_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep bitsandbytes from repacking codes for AVX512-BF16, so that all machines agree.
+
+    Its repacked kernel also rounds activations and absmax to bf16; without it a float32 model
+    computes in float32.
+    """
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
