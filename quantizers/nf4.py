@@ -156,10 +156,7 @@ def unpack(tensors: Mapping[str, Tensor], spec: NF4Spec, layer: str) -> NF4Weigh
             f"{layer}.weight: expected {num_bytes} bytes for shape {(out_features, in_features)}, "
             f"got {packed.numel()}"
         )
-    if tensors["quant_map"].numel() != 16:
-        raise FormatError(
-            f"{layer}.weight.quant_map: expected 16 values, got {tensors['quant_map'].numel()}"
-        )
+    codebook = _codebook(tensors, "quant_map", 16, layer)
     absmax = _fp32_absmax(tensors, state, layer)
     num_blocks = -(-out_features * in_features // blocksize)
     if absmax.numel() != num_blocks:
@@ -169,7 +166,6 @@ def unpack(tensors: Mapping[str, Tensor], spec: NF4Spec, layer: str) -> NF4Weigh
         )
     if not torch.isfinite(absmax).all():
         raise FormatError(f"{layer}.weight.absmax: expected finite values, got NaN or infinity")
-    codebook = tensors["quant_map"].float()
     return NF4Weight(packed, codebook, absmax, out_features, in_features, blocksize)
 
 
@@ -184,7 +180,7 @@ def read_quant_state(stored: Tensor, layer: str) -> dict[str, Any]:
         raise FormatError(f"{name}: expected up to {_STATE_BYTES_MAX} bytes of JSON")
     try:
         state = json.loads(bytes(stored.cpu().numpy().tobytes()).decode("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FormatError(f"{name}: expected JSON, got {error}") from error
     if not isinstance(state, dict):
         raise FormatError(f"{name}: expected a JSON object, got {type(state).__name__}")
@@ -201,12 +197,31 @@ def read_quant_state(stored: Tensor, layer: str) -> dict[str, Any]:
     return state
 
 
+def _codebook(
+    tensors: Mapping[str, Tensor], role: str, size: int, layer: str
+) -> Float[Tensor, " codes"]:
+    """Return the values that codes stand for.
+
+    Raises:
+        FormatError: There is another number of them, or one is not finite.
+    """
+    values = tensors[role].reshape(-1).float()
+    if len(values) != size:
+        raise FormatError(f"{layer}.weight.{role}: expected {size} values, got {len(values)}")
+    if not torch.isfinite(values).all():
+        raise FormatError(f"{layer}.weight.{role}: expected finite values, got NaN or infinity")
+    return values
+
+
 def _fp32_absmax(
     tensors: Mapping[str, Tensor], state: Mapping[str, Any], layer: str
 ) -> Float[Tensor, " blocks"]:
     stored = tensors["absmax"].reshape(-1)
     if stored.dtype.is_floating_point:
         return stored.float()
+    if stored.dtype != torch.uint8:
+        got = str(stored.dtype).removeprefix("torch.")
+        raise FormatError(f"{layer}.weight.absmax: expected dtype float32 or uint8, got {got}")
     for role in ("nested_absmax", "nested_quant_map"):
         if role not in tensors:
             raise FormatError(
@@ -218,9 +233,10 @@ def _fp32_absmax(
             f"{layer}.weight.quant_state: expected nested_blocksize and nested_offset, got "
             f"{blocksize!r} and {offset!r}"
         )
-    nested_absmax, codebook = tensors["nested_absmax"].float(), tensors["nested_quant_map"].float()
+    codebook = _codebook(tensors, "nested_quant_map", 256, layer)
+    nested_absmax = tensors["nested_absmax"].reshape(-1).float()
     blocks = torch.arange(stored.numel()) // blocksize
-    if codebook.numel() != 256 or nested_absmax.numel() != -(-stored.numel() // blocksize):
+    if nested_absmax.numel() != -(-stored.numel() // blocksize):
         raise FormatError(
             f"{layer}.weight.nested_absmax: expected one value for {blocksize} blocks, got "
             f"{nested_absmax.numel()} for {stored.numel()}"

@@ -64,7 +64,7 @@ class QuantizedWeight(Protocol):
 
 
 def dequantize(
-    weight: QuantizedWeight, scales: Float[Tensor, "out groups"] | None = None
+    weight: QuantizedWeight, scales: Float[Tensor, "scale_rows groups"] | None = None
 ) -> Float[Tensor, "out in"]:
     """Return the dense fp32 matrix, with the scales of the file unless others are given."""
     scales = weight.scales.float() if scales is None else scales

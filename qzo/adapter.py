@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quantizers.weight import QuantizedWeight
 from qzo.checkpoint import Checkpoint, TensorFiles, write_safetensors
 from qzo.errors import CheckpointError
 from qzo.files import new_file, read_json, write_json
@@ -20,6 +21,13 @@ from qzo.scales import Scales
 
 MODEL_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
+# Every direction moves every scale, so fewer mean that most updates were lost to rounding.
+_MIN_CHANGED_FRACTION = 0.5
+# What replay, eval and export read, and its type in JSON.
+_CONFIG_TYPES: dict[str, type] = {
+    **dict.fromkeys(("base_model_name_or_path", "codes_sha256", "coordinates"), str),
+    **dict.fromkeys(("step", "num_trained_values"), int),
+}
 
 
 @dataclass(frozen=True)
@@ -48,15 +56,21 @@ def open_adapter(folder: Path) -> Adapter:
         raise CheckpointError(
             f"{folder / CONFIG_NAME}: expected peft_type 'QZO', got {config.get('peft_type')!r}"
         )
+    for key, kind in _CONFIG_TYPES.items():
+        if not isinstance(config.get(key), kind):
+            raise CheckpointError(
+                f"{folder / CONFIG_NAME}: expected {key} of type {kind.__name__}, got "
+                f"{config.get(key)!r}"
+            )
     if not (folder / MODEL_NAME).is_file():
         raise CheckpointError(f"{folder / MODEL_NAME}: expected this file, not found")
     return Adapter(folder, config, TensorFiles(folder, [MODEL_NAME]))
 
 
 def scale_tensors(checkpoint: Checkpoint, scales: Scales) -> dict[str, Tensor]:
-    """Return the tuned scale tensors by key, as the files store them."""
+    """Return the scale tensors of the trained layers by key, as the files store them."""
     result = {}
-    for index, layer in enumerate(checkpoint.layers):
+    for index, layer in enumerate(scales.names):
         stored = checkpoint.layer_tensors(layer)
         repacked = checkpoint.format.repack_scales(stored, scales.tuned(index).cpu(), layer)
         result[checkpoint.scale_key(layer)] = repacked[checkpoint.format.SCALE_ROLE]
@@ -64,14 +78,37 @@ def scale_tensors(checkpoint: Checkpoint, scales: Scales) -> dict[str, Tensor]:
 
 
 def changed_fraction(checkpoint: Checkpoint, scales: Scales) -> float:
-    """Return the fraction of scales that differ from the base once rounded to the file's dtype."""
+    """Return the fraction of trained scales that differ from the base in the file's dtype."""
     changed = total = 0
-    for index, layer in enumerate(checkpoint.layers):
+    for index, layer in enumerate(scales.names):
         stored = checkpoint.weight(layer).scales
         tuned = scales.tuned(index).cpu().to(stored.dtype)
         changed += int((tuned != stored).sum())
         total += stored.numel()
     return changed / total
+
+
+def change_warnings(checkpoint: Checkpoint, changed: float, *, best_step: int) -> tuple[str, ...]:
+    """Say in words where training will not be seen in the export.
+
+    Args:
+        checkpoint: The base.
+        changed: What ``changed_fraction`` found.
+        best_step: The step whose scales were kept.
+    """
+    if best_step == 0:
+        return (
+            "no evaluation had a smaller loss than the base's, so the base's scales were kept; "
+            "train longer, or change learning_rate",
+        )
+    if changed >= _MIN_CHANGED_FRACTION:
+        return ()
+    dtype = str(checkpoint.weight(checkpoint.layers[0]).scales.dtype).removeprefix("torch.")
+    return (
+        f"only {changed:.1%} of the scales differ from the base once rounded to {dtype}, the dtype "
+        "of the file: the other updates are too small to survive the export; raise learning_rate, "
+        "or train longer",
+    )
 
 
 def save_adapter(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
@@ -85,9 +122,19 @@ def apply_adapter(model: nn.Module, checkpoint: Checkpoint, adapter: Adapter) ->
     """Give a loaded model the scales of an adapter."""
     check_base(checkpoint, adapter.config)
     for layer in quant_linears(model):
-        stored = adapter.tensors[checkpoint.scale_key(layer.name)]
         device = layer.quantized.scales.device
-        layer.quantized = checkpoint.with_scales(layer.name, stored).to(device)
+        layer.quantized = tuned_weight(checkpoint, adapter, layer.name).to(device)
+
+
+def tuned_weight(checkpoint: Checkpoint, adapter: Adapter, layer: str) -> QuantizedWeight:
+    """Return one layer with the scales of an adapter, or of the file if it was not trained."""
+    key = checkpoint.scale_key(layer)
+    weight: QuantizedWeight = (
+        checkpoint.with_scales(layer, adapter.tensors[key])
+        if key in adapter.tensors.files
+        else checkpoint.weight(layer)
+    )
+    return weight
 
 
 def check_base(checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
 from qzo.errors import CheckpointError
+from qzo.precision import computing_in_fp32
 
 BlockRun = Callable[[], None]
 Visit = Callable[[int, nn.Module, BlockRun], None]
@@ -94,7 +95,9 @@ def visit_blocks(
             raise _LastBlockDoneError
         return _join(last_outputs)
 
-    with _replaced_forwards(blocks, forward):
+    inside = set(blocks.modules())
+    outside = [module for module in model.modules() if module not in inside]
+    with computing_in_fp32(outside), _replaced_forwards(blocks, forward):
         try:
             model.base_model(input_ids=tokens, use_cache=False)
         except _LastBlockDoneError:

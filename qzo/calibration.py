@@ -101,7 +101,7 @@ def samples_of_model(
     bos = getattr(config, "bos_token_id", None)
     tokens = [first if bos is None else torch.full_like(first, bos)]
     cache = None
-    with computing_in_fp32(model):
+    with computing_in_fp32(model.modules()):
         for _ in range(seq_len - 1):
             output = model(input_ids=tokens[-1], past_key_values=cache, use_cache=True)
             cache = output.past_key_values

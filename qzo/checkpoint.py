@@ -107,10 +107,11 @@ def shard_names(folder: Path) -> list[str]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: expected a weight_map, found none")
+    for name in weight_map.values():
+        if not isinstance(name, str) or not name or Path(name).name != name:
+            raise CheckpointError(f"{index}: expected file names without a folder, got {name!r}")
     names = list(dict.fromkeys(weight_map.values()))
     for name in names:
-        if not isinstance(name, str) or Path(name).name != name:
-            raise CheckpointError(f"{index}: expected file names without a folder, got {name!r}")
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder / name}: expected this shard, not found")
     return names

@@ -1,6 +1,7 @@
 """The command line. Every command takes ``--json`` and exits 0, 1 (one clear line) or 2 (usage)."""
 
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -61,9 +62,18 @@ def _stdout_for(as_json: bool) -> Iterator[Callable[[Any], None]]:
     if as_json:
         sys.stdout = sys.stderr
     try:
-        yield lambda value: print(json.dumps(value, default=str), file=real)
+        yield lambda value: print(json.dumps(_json(value), default=str), file=real)
     finally:
         sys.stdout = real
+
+
+def _json(value: Any) -> Any:
+    """Return a value without NaN and infinity, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _json(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _show(value: dict[str, Any], as_json: bool, print_json: Callable[[Any], None]) -> None:
@@ -221,7 +231,8 @@ def train(
     from qzo.run import train as run
 
     with _stdout_for(as_json) as print_json:
-        result = run(config, [ProgressCallback(_stderr)])
+        with ProgressCallback(_stderr) as progress:
+            result = run(config, [progress])
         if as_json:
             print_json(result.to_dict())
             return
@@ -240,6 +251,8 @@ def _show_training(output_dir: str, result: Any) -> None:
         f"{result.steps} steps in {result.seconds:.0f} s; kept step {result.best_step}; "
         f"{result.changed_fraction:.1%} of the scales differ from the base"
     )
+    for warning in result.warnings:
+        console.print(f"warning: {warning}", markup=False, soft_wrap=True)
     console.print(f"next: qzo export {output_dir} --out NEW_FOLDER")
 
 
@@ -288,7 +301,7 @@ def evaluate(
             num_examples=num_examples,
         )
         live = quant_linears(model)[0].live
-        result = run(model, live.seen, examples, batch_size=batch_size, tokenizer=tokenizer)
+        result = run(model, live, examples, batch_size=batch_size, tokenizer=tokenizer)
         _show(result.to_dict(), as_json, print_json)
 
 

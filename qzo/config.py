@@ -31,13 +31,15 @@ _OLD_NAMES = {
 class ZOConfig(BaseModel):
     """How the loss is estimated and the scales move."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     estimator: Literal["spsa", "per_example"] = "per_example"
     coordinates: Literal["absolute", "relative", "row"] = "row"
     direction: Literal["rademacher", "gaussian"] = "rademacher"
     epsilon: float = Field(default=1e-2, gt=0)
     num_directions: int = Field(default=1, ge=1)
+    num_blocks: int | None = Field(default=None, ge=1)  # train the last so many decoder blocks
+    normalize: bool = True  # per_example: derivatives of a step have a root mean square of 1
     max_loss_difference: float | None = Field(default=None, gt=0)
     optimizer: Literal["sgd"] = "sgd"
     max_skipped_steps: int = Field(default=10, ge=1)
@@ -46,7 +48,9 @@ class ZOConfig(BaseModel):
 class Recipe(BaseModel):
     """A run."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
     model: str
     output_dir: str

@@ -6,7 +6,7 @@ direction can be drawn on any device, in any order, at any time, and nothing has
 - Rademacher: bit ``index % 32`` of word ``index // 32`` gives the sign.
 - Gaussian: 16 random bits choose one of 65,536 equally likely quantiles of N(0, 1), scaled to unit
   variance. A table look-up is exact on every device; logarithm and cosine are not. The largest
-  value is 4.33 standard deviations.
+  value is 4.32 standard deviations.
 
 Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011, table 2
 and section 3.3; test vectors from Random123 1.14.

@@ -10,12 +10,14 @@ Source: QZO, arXiv 2505.13430, eq. 4 (Q-SPSA), eq. 6 (DDC), algorithm 1; SPSA: S
 
 import math
 from collections.abc import Sequence
-from typing import Protocol
+from dataclasses import replace
+from typing import Protocol, runtime_checkable
 
 from qzo.errors import ConfigError
 from qzo.probes import DirectionalDerivative, Probe, direction_seed
 
 
+@runtime_checkable
 class Estimator(Protocol):
     """The seam: ``ask(step) -> probes``, ``tell(probes, losses) -> directional derivatives``."""
 
@@ -74,7 +76,9 @@ class SPSA:
             raw = (plus - minus) / (2 * self.epsilon)
             if not math.isfinite(raw):
                 raw = math.nan  # not infinity, which the clip would turn into a number
-            derivatives.append(DirectionalDerivative(probe.seed, self.clip(raw), raw))
+            value = self.clip(raw)
+            is_clipped = abs(value) < abs(raw)
+            derivatives.append(DirectionalDerivative(probe.seed, value, raw, is_clipped))
         return derivatives
 
     def clip(self, derivative: float) -> float:
@@ -91,8 +95,44 @@ class PerExampleSPSA(SPSA):
     The two forwards of a batch give as many derivatives as it has examples; in row coordinates
     that costs nothing more, since a perturbation is a vector on a layer's output.
 
-    Source: GRZO, arXiv 2606.02857 (a direction per example), without its normalisation.
+    Normalised, the derivatives of a step are divided by their root mean square, so that the
+    learning rate alone sets the length of a step: ``d_i <- d_i / sqrt(mean_j d_j^2)``.
+
+    Args:
+        epsilon: Probe radius, in units of the trained vector.
+        seed: Seed of the run.
+        num_directions: Examples of a step.
+        max_loss_difference: Clip of ``|L+ - L-|`` in nats; None for no clip.
+        is_normalized: Whether to normalise.
+
+    Source: GRZO, arXiv 2606.02857, which normalises by the standard deviation.
     """
+
+    def __init__(
+        self,
+        epsilon: float,
+        seed: int,
+        *,
+        num_directions: int,
+        max_loss_difference: float | None = None,
+        is_normalized: bool = False,
+    ) -> None:
+        super().__init__(
+            epsilon,
+            seed,
+            num_directions=num_directions,
+            max_loss_difference=max_loss_difference,
+        )
+        self.is_normalized = is_normalized
+
+    def tell(self, probes: Sequence[Probe], losses: Sequence[float]) -> list[DirectionalDerivative]:
+        """Return the derivative of every example, clipped and normalised."""
+        derivatives = super().tell(probes, losses)
+        squares = [d.value**2 for d in derivatives if math.isfinite(d.value)]
+        if not self.is_normalized or not any(squares):
+            return derivatives
+        size = math.sqrt(math.fsum(squares) / len(squares))
+        return [replace(d, value=d.value / size) for d in derivatives]
 
     def ask(self, step: int) -> list[Probe]:
         """Return one probe at ``+epsilon`` per example, then one at ``-epsilon`` per example."""

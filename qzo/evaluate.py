@@ -12,7 +12,6 @@
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -20,12 +19,11 @@ import torch
 from transformers import PreTrainedModel, StoppingCriteriaList, StopStringCriteria
 
 from qzo.encoding import EncodedExample, encode_prompt
+from qzo.errors import ConfigError, DataError
 from qzo.examples import ExampleSet
-from qzo.linear import Rows
+from qzo.linear import Live
 from qzo.objective import example_loss
 from qzo.stack import answer_scores, build_stack
-
-See = Callable[[Rows | None], AbstractContextManager[None]]
 
 _MAX_NEW_TOKENS = 50  # MeZO, appendix E.2
 
@@ -66,7 +64,7 @@ class Evaluation:
 
 def evaluate(
     model: PreTrainedModel,
-    see: See,
+    live: Live,
     data: ExampleSet,
     *,
     batch_size: int,
@@ -77,13 +75,13 @@ def evaluate(
 
     Args:
         model: The model.
-        see: ``see(rows)`` is a context in which the layers see the wanted scales.
+        live: What its layers see: the scales to evaluate.
         data: What to evaluate on.
         batch_size: Examples of one forward.
         tokenizer: For generation.
         progress: Called with the examples done and their number.
     """
-    scores = _scores(model, see, data.examples, batch_size, progress)
+    scores = _scores(model, live, data.examples, batch_size, progress)
     labels = [example.label for example in data.examples]
     losses = [example_loss(s, y, data.loss) for s, y in zip(scores, labels, strict=True)]
     loss, loss_se = mean_and_error(losses)
@@ -92,14 +90,13 @@ def evaluate(
     if all(len(row) > 1 for row in scores):
         result |= _accuracies(scores, labels, are_classes=data.loss == "classification")
     if data.is_generation:
-        with see(None):
-            result["f1"], result["f1_se"] = mean_and_error(_generated(model, tokenizer, data))
+        result["f1"], result["f1_se"] = mean_and_error(_generated(model, tokenizer, data))
     return Evaluation(**result)
 
 
 def _scores(
     model: PreTrainedModel,
-    see: See,
+    live: Live,
     examples: Sequence[EncodedExample],
     batch_size: int,
     progress: Callable[[int, int], None] | None,
@@ -110,8 +107,7 @@ def _scores(
     for start in range(0, len(order), batch_size):
         picked = order[start : start + batch_size]
         stack = build_stack([[examples[i] for i in picked]], model.device)
-        with see(stack.rows):
-            scores |= zip(picked, answer_scores(model, stack), strict=True)
+        scores |= zip(picked, answer_scores(model, live, stack), strict=True)
         if progress is not None:
             progress(len(scores), len(order))
     return [scores[i] for i in range(len(examples))]
@@ -153,9 +149,21 @@ def generate(
     max_new_tokens: int = _MAX_NEW_TOKENS,
     stop: str | None = None,
 ) -> str:
-    """Return the greedy completion of a prompt, without the stop string."""
-    limit = int(getattr(model.config, "max_position_embeddings", 2048)) - max_new_tokens
-    tokens = encode_prompt(tokenizer, prompt, max_length=limit)
+    """Return the greedy completion of a prompt, without the stop string.
+
+    Raises:
+        ConfigError: The model has no room for a prompt and that many tokens.
+        DataError: The prompt has no tokens.
+    """
+    positions = int(getattr(model.config, "max_position_embeddings", 2048))
+    if max_new_tokens >= positions:
+        raise ConfigError(
+            f"max_new_tokens: expected less than the model's {positions} positions, got "
+            f"{max_new_tokens}"
+        )
+    tokens = encode_prompt(tokenizer, prompt, max_length=positions - max_new_tokens)
+    if not tokens:
+        raise DataError(f"prompt: expected at least one token, got {prompt!r}")
     input_ids = torch.tensor([tokens], device=model.device)
     criteria = StoppingCriteriaList()
     if stop is not None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from qzo.adapter import Adapter, check_base, open_adapter
+from qzo.adapter import Adapter, check_base, open_adapter, tuned_weight
 from qzo.card import model_card
 from qzo.checkpoint import Checkpoint, open_checkpoint, write_safetensors
 from qzo.errors import CheckpointError
@@ -83,7 +83,7 @@ def _replaced_tensors(checkpoint: Checkpoint, adapter: Adapter) -> dict[str, Ten
     for layer in checkpoint.layers:
         keys = checkpoint.layer_keys(layer)
         stored = checkpoint.layer_tensors(layer)
-        tuned = checkpoint.with_scales(layer, adapter.tensors[checkpoint.scale_key(layer)])
+        tuned = tuned_weight(checkpoint, adapter, layer)
         repacked = checkpoint.format.repack_scales(stored, tuned.scales.float(), layer)
         replaced |= {key: repacked.get(role) for role, key in keys.items()}
     return replaced
@@ -127,7 +127,7 @@ def _compare(run: Path, exported: Path) -> tuple[float | None, float | None]:
         return None, None
     data, trained = reference
     live = quant_linears(model)[0].live
-    loss = evaluate(model, live.seen, data, batch_size=len(data.examples)).loss
+    loss = evaluate(model, live, data, batch_size=len(data.examples)).loss
     if not abs(loss - trained) <= _LOSS_TOLERANCE:  # also true for NaN
         raise CheckpointError(
             f"export: expected the trained model's loss {trained:.4f} from the exported files, got "

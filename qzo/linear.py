@@ -6,7 +6,6 @@ Padding is dropped before the product and put back as zeros after it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -15,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from quantizers.weight import QuantizedWeight
+from qzo.errors import CheckpointError
 
 TILE_ELEMENTS = 4 * 2**20  # of the dense matrix that exist at one time
 _TILE_STEP = 32  # rows; packed formats hold up to 32 elements in a run of words
@@ -26,6 +26,11 @@ class ProbeScales:
 
     scales: Sequence[Float[Tensor, "out groups"]]
 
+    @property
+    def num_probes(self) -> int:
+        """Probes that the scales are for."""
+        return len(self.scales)
+
 
 @dataclass(frozen=True)
 class RowMultipliers:
@@ -33,6 +38,11 @@ class RowMultipliers:
 
     scales: Float[Tensor, "out groups"]
     multipliers: Float[Tensor, "probes out"]
+
+    @property
+    def num_probes(self) -> int:
+        """Probes that the multipliers are for."""
+        return len(self.multipliers)
 
 
 EffectiveScales = ProbeScales | RowMultipliers
@@ -68,21 +78,14 @@ class Live:
     Attributes:
         effective: Gives the effective scales of a layer by its index, or None: those of the file.
         rows: What the rows of the batch are, or None: one probe, no padding.
+        fork: The decoder block where the rows are repeated once per probe; see ``stack``.
     """
 
     effective: Callable[[int], EffectiveScales] | None = None
     rows: Rows | None = None
+    fork: nn.Module | None = None
     buffers: dict[str, Tensor] = field(default_factory=dict)
     _index: tuple[Rows, int, Tensor, list[int]] | None = None
-
-    @contextmanager
-    def seen(self, rows: Rows | None) -> Iterator[None]:
-        """Let the layers see the scales of the file while the block runs."""
-        self.effective, self.rows = None, rows
-        try:
-            yield
-        finally:
-            self.rows = None
 
     def buffer(self, name: str, count: int, device: torch.device) -> Float[Tensor, " n"]:
         """Return a scratch buffer that all layers share."""
@@ -96,7 +99,7 @@ class Live:
     def tokens(self, width: int, device: torch.device) -> tuple[Int[Tensor, " tokens"], list[int]]:
         """Return the flat positions of the tokens and their bounds per probe."""
         assert self.rows is not None
-        if self._index is None or self._index[:2] != (self.rows, width):
+        if self._index is None or self._index[0] is not self.rows or self._index[1] != width:
             index = self.rows.token_index(width, device)
             self._index = (self.rows, width, index, self.rows.token_bounds())
         return self._index[2], self._index[3]
@@ -139,20 +142,36 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         """Return the product; each probe's rows see that probe's scales."""
-        live, flat = self.live, x.reshape(-1, self.in_features)
+        rows, flat = self.live.rows, x.reshape(-1, self.in_features)
         effective = self._effective()
-        if live.rows is None or x.dim() < 3:
+        if rows is None:
             return self._product(flat, [0, len(flat)], effective).view(*x.shape[:-1], -1)
-        if x.shape[1] == max(live.rows.lengths):
-            index, bounds = live.tokens(x.shape[1], x.device)
+        width = max(rows.lengths)
+        if len(flat) == len(rows.lengths) * width:  # also where a model flattens its rows (OPT)
+            index, bounds = self.live.tokens(width, x.device)
             if len(index) == len(flat):
                 return self._product(flat, bounds, effective).view(*x.shape[:-1], -1)
             result = x.new_zeros(len(flat), self.out_features)
             result[index] = self._product(flat[index], bounds, effective)
-        else:  # a head that sees answer positions only
-            bounds = [bound * x.shape[1] for bound in live.rows.bounds]
-            result = self._product(flat, bounds, effective)
+        else:
+            result = self._product(flat, self._loose_bounds(x, rows, effective), effective)
         return result.view(*x.shape[:-1], -1)
+
+    def _loose_bounds(self, x: Tensor, rows: Rows, effective: EffectiveScales) -> Sequence[int]:
+        """Return the bounds of the probes among inputs that are not all tokens of the rows.
+
+        Raises:
+            CheckpointError: Nothing says which input belongs to which probe.
+        """
+        if effective.num_probes == 1:
+            return [0, x.numel() // self.in_features]
+        if x.dim() > 2 and len(x) == len(rows.lengths):  # a head that sees answer positions only
+            return [bound * x.shape[1] for bound in rows.bounds]
+        raise CheckpointError(
+            f"{self.name}: expected {len(rows.lengths)} rows of {max(rows.lengths)} tokens, got "
+            f"shape {tuple(x.shape)}; a layer that sees only some tokens, as in a mixture of "
+            "experts, cannot be trained"
+        )
 
     def _effective(self) -> EffectiveScales:
         if self.live.effective is None or self.index < 0:

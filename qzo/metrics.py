@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qzo.errors import CheckpointError
 from qzo.files import WriteError, write_bytes
 from qzo.probes import DirectionalDerivative
 
 NAME = "metrics.jsonl"
+CLOSING_KEY = "changed_fraction"  # of the line that a finished run ends with
 
 
 @dataclass
@@ -33,7 +35,7 @@ class Window:
         self.losses += [loss for loss in losses if math.isfinite(loss)]
         finite = [d for d in derivatives if math.isfinite(d.raw)]
         self.slopes += [abs(d.raw) for d in finite]
-        self.clipped += [d.raw != d.value for d in finite]
+        self.clipped += [d.is_clipped for d in finite]
 
     def take(self) -> dict[str, float | None]:
         """Return the averages and start again."""
@@ -51,11 +53,16 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 class Metrics:
-    """The file; lines beyond ``next_step`` are dropped when a run continues."""
+    """The file.
+
+    When a run continues, lines beyond ``next_step`` and the closing line of an earlier end are
+    dropped.
+    """
 
     def __init__(self, path: Path, next_step: int) -> None:
         self.path = path
-        self.lines = [line for line in _read(path) if line["step"] <= next_step]
+        lines = [line for line in _read(path) if line["step"] <= next_step]
+        self.lines = [line for line in lines if CLOSING_KEY not in line]
         text = "".join(json.dumps(line) + "\n" for line in self.lines)
         write_bytes(path, text.encode("utf-8"))
 
@@ -74,6 +81,11 @@ class Metrics:
             os.truncate(self.path, start)
             raise WriteError(self.path, error) from error
         self.lines.append(clean)
+
+    @property
+    def logged_step(self) -> int:
+        """The number of steps done at the newest line of averages; 0 if there is none."""
+        return max((line["step"] for line in self.lines if "learning_rate" in line), default=0)
 
     def best(self) -> tuple[int, float] | None:
         """Return step and loss of the best evaluation so far."""
@@ -95,5 +107,18 @@ def _clean(value: Any) -> Any:
 def _read(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # a torn last line has no end
-    return [json.loads(line) for line in lines]
+    lines = path.read_bytes().split(b"\n")[:-1]  # a torn last line has no end
+    return [_parse(path, number, line) for number, line in enumerate(lines, start=1)]
+
+
+def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(line.decode("utf-8"))
+    except ValueError:
+        value = None
+    if not isinstance(value, dict) or not isinstance(value.get("step"), int):
+        raise CheckpointError(
+            f"{path}: line {number}: expected a JSON object with a step, got something else; "
+            "remove the file to go on without earlier metrics"
+        )
+    return value

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from quantizers.errors import FormatError
 from qzo.checkpoint import Checkpoint, natural_order, open_checkpoint
-from qzo.errors import CheckpointError
+from qzo.errors import CheckpointError, ConfigError
 from qzo.linear import Live, QuantLinear
 
 _HARMLESS = re.compile(r"(rotary_emb\.inv_freq|\.masked_bias|\.attn\.bias)$")
@@ -52,6 +52,7 @@ def load_checkpoint(
     used: set[str] = set()
     for layer in checkpoint.layers:
         used |= _place_layer(model, checkpoint, layer, keys[layer], dtype, live)
+    live.fork = decoder_blocks(model)[0]
     _load_rest(model, checkpoint, used, dtype)
     nn.Module.to(model, device)
     model.generation_config = _generation_config(checkpoint.folder, model)
@@ -72,6 +73,55 @@ def quant_linears(model: nn.Module) -> list[QuantLinear]:
             "model: expected quantized layers of qzo, found none; use qzo.load or qzo.wrap"
         )
     return sorted(layers, key=lambda layer: natural_order(layer.name))
+
+
+def decoder_blocks(model: nn.Module) -> list[nn.Module]:
+    """Return the decoder blocks of a model: its list with the most quantized layers.
+
+    Raises:
+        CheckpointError: There is no such list.
+    """
+    lists = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList)]
+    counts = [sum(map(_num_quantized, blocks)) for blocks in lists]
+    if not any(counts):
+        raise CheckpointError(
+            f"{type(model).__name__}: expected a list of decoder blocks with quantized layers, "
+            "found none"
+        )
+    return lists[counts.index(max(counts))]
+
+
+def _num_quantized(module: nn.Module) -> int:
+    return sum(isinstance(part, QuantLinear) for part in module.modules())
+
+
+def trained_layers(model: nn.Module, num_blocks: int | None) -> list[QuantLinear]:
+    """Choose the layers to train and let stacked forwards fork in front of the first of them.
+
+    Args:
+        model: Model with quantized layers; its fork is moved.
+        num_blocks: Train the last so many decoder blocks; None for all quantized layers.
+
+    Returns:
+        The layers, in the order of the trained vector; all others see the scales of the file.
+
+    Raises:
+        ConfigError: The model has fewer blocks.
+    """
+    layers, blocks = quant_linears(model), decoder_blocks(model)
+    if num_blocks is None:
+        num_blocks, chosen = len(blocks), set(layers)
+    elif num_blocks <= len(blocks):
+        inside = {part for block in blocks[-num_blocks:] for part in block.modules()}
+        chosen = {layer for layer in layers if layer in inside}
+    else:
+        raise ConfigError(
+            f"zo.num_blocks: expected at most the model's {len(blocks)} blocks, got {num_blocks}"
+        )
+    for layer in layers:
+        layer.index = -1
+    layers[0].live.fork = blocks[-num_blocks]
+    return [layer for layer in layers if layer in chosen]
 
 
 def _skeleton(folder: Path) -> PreTrainedModel:

@@ -100,8 +100,8 @@ class Objective:
         self, probes: Sequence[Probe], items: Sequence[Sequence[EncodedExample]]
     ) -> list[float]:
         stack = build_stack(items, self._model.device)
-        with self._scales.shifted(self._live, probes, stack.rows):
-            scores = answer_scores(self._model, stack)
+        with self._scales.shifted(self._live, probes):
+            scores = answer_scores(self._model, self._live, stack)
         labels = [example.label for examples in items for example in examples]
         return [
             example_loss(row, label, self._loss) for row, label in zip(scores, labels, strict=True)

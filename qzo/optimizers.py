@@ -6,12 +6,13 @@ Source: QZO, arXiv 2505.13430, eq. 5 and algorithm 1.
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from qzo.probes import DirectionalDerivative
 from qzo.scales import Scales
 
 
+@runtime_checkable
 class Optimizer(Protocol):
     """The seam: ``step(scales, derivatives, learning_rate)``; a function of its arguments."""
 

@@ -5,7 +5,7 @@ an fp32 copy of its own parameters, made when it is called and dropped when it r
 grows by one module, and the model is unchanged afterwards.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,11 +17,11 @@ _HALVES = (torch.float16, torch.bfloat16)
 
 
 @contextmanager
-def computing_in_fp32(model: nn.Module) -> Iterator[None]:
-    """Let a model compute in fp32 inside the ``with`` block."""
+def computing_in_fp32(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Let modules compute in fp32 inside the ``with`` block, each with its own parameters."""
     stored: dict[nn.Parameter, Tensor] = {}
     handles = []
-    for module in model.modules():
+    for module in modules:
         parameters = [p for p in module.parameters(recurse=False) if p.dtype in _HALVES]
         if not parameters:
             continue

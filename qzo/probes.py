@@ -28,13 +28,16 @@ class DirectionalDerivative:
 
     Attributes:
         seed: Seed of the direction.
-        value: After clipping; NaN if the losses were not finite.
-        raw: Before clipping.
+        value: What moves the scales: after clipping and normalising; NaN if the losses were not
+            finite.
+        raw: As measured.
+        is_clipped: The clip changed it.
     """
 
     seed: int
     value: float
     raw: float
+    is_clipped: bool = False
 
 
 def direction_seed(run_seed: int, step: int, number: int) -> int:

@@ -1,6 +1,6 @@
 """Progress on the terminal: loss, derivative, clip rate and time left."""
 
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -25,6 +25,13 @@ class ProgressCallback(TrainerCallback):
             TimeRemainingColumn(),
             console=console,
         )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Give the terminal back, also after an error in the middle of training."""
+        self._progress.stop()
 
     def on_train_begin(
         self,

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from quantizers import packing
+from quantizers.nf4_algorithm import BLOCK_SIZES
 from quantizers.rounding import Grid
 from qzo.errors import ConfigError
 
@@ -59,11 +60,20 @@ class QuantizeSettings:
         _expect("method", self.method, self.method in _METHODS, f"one of {_METHODS}")
         widths = packing.BITS if self.format == "gptq" else (4,)
         _expect("bits", self.bits, self.bits in widths, f"one of {widths} for {self.format}")
-        size = self.group_size
-        _expect("group_size", size, size in {None, -1} or size > 0, "a positive number or -1")
+        self._check_group_size()
         for name in ("num_calibration_samples", "seq_len"):
             _expect(name, getattr(self, name), getattr(self, name) > 1, "a number above 1")
         _expect("damp_percent", self.damp_percent, self.damp_percent > 0, "a number above 0")
+        _expect("device", self.device, _is_device(self.device), "a device of torch")
+
+    def _check_group_size(self) -> None:
+        size = self.group_size
+        if size is None:
+            return
+        if self.format == "gptq":
+            _expect("group_size", size, size == _ROW or size > 0, "a number or -1 for gptq")
+        else:
+            _expect("group_size", size, size in BLOCK_SIZES, f"one of {BLOCK_SIZES}")
 
     @property
     def needs_calibration(self) -> bool:
@@ -133,3 +143,11 @@ def bitsandbytes_config(
 def _expect(name: str, value: object, is_valid: bool, expected: str) -> None:
     if not is_valid:
         raise ConfigError(f"{name}: expected {expected}, got {value!r}")
+
+
+def _is_device(name: str) -> bool:
+    try:
+        torch.device(name)
+    except RuntimeError:
+        return False
+    return True

@@ -5,10 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qzo.adapter import open_adapter, save_adapter, scale_tensors
+from torch import Tensor
+
+from qzo.adapter import Adapter, open_adapter, save_adapter, scale_tensors
 from qzo.checkpoint import Checkpoint, open_checkpoint, tensor_bytes
 from qzo.directions import GENERATOR
 from qzo.errors import CheckpointError
+from qzo.files import new_folder
 from qzo.journal import NAME as JOURNAL_NAME
 from qzo.journal import Fingerprint, Journal, derivatives_of
 from qzo.optimizers import OPTIMIZERS
@@ -38,10 +41,10 @@ def replay(run: str | Path, *, to_step: int | None = None, out: Path | None = No
     Args:
         run: A run folder, or a folder with nothing but a journal.
         to_step: Stop before this step; the adapter's own step unless given.
-        out: Write the adapter there instead of comparing.
+        out: A new or empty folder; write the adapter there instead of comparing.
 
-    Raises:
-        CheckpointError: The base, a fingerprint or the adapter disagree.
+    Returns:
+        What agreed. A base, a fingerprint or an adapter that does not is a CheckpointError.
     """
     folder = Path(run)
     journal = Journal.open(folder / JOURNAL_NAME)
@@ -51,19 +54,38 @@ def replay(run: str | Path, *, to_step: int | None = None, out: Path | None = No
         to_step = int(open_adapter(folder).config["step"])
     scales = Scales.of_checkpoint(
         checkpoint,
+        journal.header["layers"],
         coordinates=journal.header["coordinates"],
         direction=journal.header["direction"],
     )
     steps, checked = apply_journal(journal, scales, to_step=to_step)
     tensors = scale_tensors(checkpoint, scales)
-    if has_adapter and int(open_adapter(folder).config["step"]) == steps:
-        stored = open_adapter(folder).tensors
-        for key, tensor in tensors.items():
-            if tensor_bytes(stored[key]) != tensor_bytes(tensor):
-                raise CheckpointError(f"{key}: the adapter differs from the journal's scales")
+    if has_adapter:
+        _compare(open_adapter(folder), tensors, steps)
         return Replayed(steps, checked, scales.fingerprint(), "equal")
-    save_adapter(out or folder, tensors, adapter_config(journal.header, checkpoint, steps))
+    config = adapter_config(journal.header, checkpoint, steps)
+    if out is None:
+        save_adapter(folder, tensors, config)
+    else:
+        with new_folder(out) as partial:
+            save_adapter(partial, tensors, config)
     return Replayed(steps, checked, scales.fingerprint(), "written")
+
+
+def _compare(adapter: Adapter, tensors: Mapping[str, Tensor], steps: int) -> None:
+    """Compare the adapter of a run with rebuilt scales; it is never overwritten.
+
+    Raises:
+        CheckpointError: It holds another step, or other scales.
+    """
+    if adapter.config["step"] != steps:
+        raise CheckpointError(
+            f"{adapter.folder}: expected the adapter of step {steps}, found that of step "
+            f"{adapter.config['step']}; name a folder for the other one with --out"
+        )
+    for key, tensor in tensors.items():
+        if tensor_bytes(adapter.tensors[key]) != tensor_bytes(tensor):
+            raise CheckpointError(f"{key}: the adapter differs from the journal's scales")
 
 
 def apply_journal(
@@ -123,7 +145,7 @@ def base_of(header: Mapping[str, Any]) -> Checkpoint:
         )
     checkpoint = open_checkpoint(header["base"])
     for key, got in (
-        ("layers", list(checkpoint.layers)),
+        ("layers", [layer for layer in header.get("layers", []) if layer in checkpoint.layers]),
         ("codes_sha256", checkpoint.codes_sha256()),
         ("scales_sha256", checkpoint.scales_sha256()),
     ):

@@ -84,13 +84,13 @@ def device_of(name: str | None) -> torch.device:
     Raises:
         ConfigError: There is no such device.
     """
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise ConfigError(f"device: expected 'cpu' or 'cuda', got {name!r}") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, number = name.partition(":")
+    if kind not in {"cpu", "cuda"} or not (number or "0").isdecimal():
+        raise ConfigError(f"device: expected 'cpu' or 'cuda', got {name!r}")
+    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
         raise ConfigError(f"device: expected a device that exists, got {name!r}; use 'cpu'")
-    return device
+    return torch.device(name)
 
 
 def _dtype(recipe: Recipe) -> torch.dtype | None:

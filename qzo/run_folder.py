@@ -19,12 +19,13 @@ from qzo.examples import ExampleSet
 from qzo.files import WriteError, read_json, write_bytes
 from qzo.journal import NAME as JOURNAL_NAME
 from qzo.journal import Journal
+from qzo.scales import Scales
 from qzo.version import __version__
 
 REFERENCE_NAME = "reference.json"
 
 
-def header_of(config: Recipe, checkpoint: Checkpoint, num_values: int) -> dict[str, Any]:
+def header_of(config: Recipe, checkpoint: Checkpoint, scales: Scales) -> dict[str, Any]:
     """Return the header of the journal: everything that a replay needs and a resume compares."""
     return {
         "qzo_version": __version__,
@@ -34,8 +35,8 @@ def header_of(config: Recipe, checkpoint: Checkpoint, num_values: int) -> dict[s
         "base": str(checkpoint.folder.resolve()),
         "codes_sha256": checkpoint.codes_sha256(),
         "scales_sha256": checkpoint.scales_sha256(),
-        "layers": list(checkpoint.layers),
-        "num_values": num_values,
+        "layers": scales.names,
+        "num_values": len(scales),
         "coordinates": config.zo.coordinates,
         "direction": config.zo.direction,
         "optimizer": config.zo.optimizer,
@@ -65,6 +66,7 @@ def open_journal(config: Recipe, header: Mapping[str, Any]) -> Journal:
     if config.resume_from_checkpoint and path.exists():
         journal = Journal.open(path)
         _check_same(journal, header)
+        _write_recipe(folder, config)
         return journal
     others = (
         [entry for entry in folder.iterdir() if entry.name != "base"] if folder.is_dir() else []
@@ -78,9 +80,14 @@ def open_journal(config: Recipe, header: Mapping[str, Any]) -> Journal:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise WriteError(folder, error) from error
+    journal = Journal.create(path, header)  # first: with it, a run can be continued
+    _write_recipe(folder, config)
+    return journal
+
+
+def _write_recipe(folder: Path, config: Recipe) -> None:
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
     write_bytes(folder / "recipe.yaml", text.encode("utf-8"))
-    return Journal.create(path, header)
 
 
 def _check_same(journal: Journal, header: Mapping[str, Any]) -> None:

@@ -24,7 +24,7 @@ from torch import Tensor
 from qzo.checkpoint import Checkpoint, tensor_bytes
 from qzo.directions import DirectionName, combine, directions
 from qzo.errors import CheckpointError, ConfigError
-from qzo.linear import EffectiveScales, Live, ProbeScales, QuantLinear, RowMultipliers, Rows
+from qzo.linear import EffectiveScales, Live, ProbeScales, QuantLinear, RowMultipliers
 from qzo.probes import DirectionalDerivative, Probe
 
 Coordinates = Literal["absolute", "relative", "row"]
@@ -52,7 +52,7 @@ class Scales:
     def __init__(
         self,
         names: Sequence[str],
-        file_scales: Sequence[Float[Tensor, "out groups"]],
+        file_scales: Sequence[Float[Tensor, "_ _"]],  # every layer has its own shape
         *,
         coordinates: Coordinates,
         direction: DirectionName,
@@ -64,21 +64,24 @@ class Scales:
         sizes = [len(s) if coordinates == "row" else s.numel() for s in file_scales]
         self._bounds = [0, *accumulate(sizes)]
         device = file_scales[0].device
-        if coordinates == "absolute":
-            self.values = torch.cat([scales.float().reshape(-1) for scales in file_scales])
-        else:
-            self.values = torch.ones(self._bounds[-1], dtype=torch.float32, device=device)
+        self.values = torch.empty(self._bounds[-1], dtype=torch.float32, device=device)
         self._window: tuple[Sequence[Probe], int, int, Tensor] | None = None
+        self.reset()
 
     @classmethod
     def of_checkpoint(
-        cls, checkpoint: Checkpoint, *, coordinates: Coordinates, direction: DirectionName
+        cls,
+        checkpoint: Checkpoint,
+        names: Sequence[str],
+        *,
+        coordinates: Coordinates,
+        direction: DirectionName,
     ) -> "Scales":
-        """Read the scales of a checkpoint, without a model."""
-        weights = [checkpoint.weight(layer) for layer in checkpoint.layers]
-        _check_rows(checkpoint.layers, [w.blocks_cross_rows for w in weights], coordinates)
+        """Read the scales of some layers of a checkpoint, without a model."""
+        weights = [checkpoint.weight(layer) for layer in names]
+        _check_rows(names, [w.blocks_cross_rows for w in weights], coordinates)
         return cls(
-            checkpoint.layers,
+            names,
             [weight.scales for weight in weights],
             coordinates=coordinates,
             direction=direction,
@@ -110,14 +113,14 @@ class Scales:
         return self._bounds[-1]
 
     @contextmanager
-    def shifted(self, live: Live, probes: Sequence[Probe], rows: Rows | None) -> Iterator[None]:
+    def shifted(self, live: Live, probes: Sequence[Probe]) -> Iterator[None]:
         """Let the layers see the scales at the probes while the block runs."""
-        live.effective, live.rows = (lambda layer: self.effective(layer, probes)), rows
+        live.effective = lambda layer: self.effective(layer, probes)
         self._window = None
         try:
             yield
         finally:
-            live.effective, live.rows = None, None
+            live.effective = None
             self._window = None
 
     def effective(self, layer: int, probes: Sequence[Probe]) -> EffectiveScales:
@@ -162,6 +165,15 @@ class Scales:
     def fingerprint(self) -> str:
         """Return the sha256 of the master's bytes."""
         return sha256(tensor_bytes(self.values)).hexdigest()
+
+    def reset(self) -> None:
+        """Set the master to where training starts: the scales of the file."""
+        self._window = None
+        if self.coordinates != "absolute":
+            self.values.fill_(1.0)
+            return
+        for start, stored in zip(self._bounds, self._file_scales, strict=False):
+            self.values[start : start + stored.numel()] = stored.float().reshape(-1)
 
     def restore(self, values: Float[Tensor, " size"]) -> None:
         """Set the master to stored values.

@@ -1,5 +1,7 @@
 """Stacked forwards: the batch once per probe, in one pass through the model.
 
+Up to the first block with trained scales all probes compute the same, so there the rows run once;
+in front of that block (the fork) they are repeated, once for every probe that covers them.
 Rows are padded on the right and need no attention mask: under causal attention a token never sees
 what follows it. Quantized layers drop the padding (``linear``). Only answer positions reach the
 head, so the logits of whole sequences never exist.
@@ -8,14 +10,16 @@ head, so the logits of whole sequences never exist.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
 from qzo.encoding import Candidate, EncodedExample
-from qzo.linear import Rows
+from qzo.linear import Live, Rows
 
 
 @dataclass(frozen=True)
@@ -38,13 +42,17 @@ class Stack:
     """A stacked batch.
 
     Attributes:
-        input_ids: Token ids, padded on the right.
-        rows: What the rows are.
+        input_ids: Token ids of the rows before the fork, padded on the right.
+        shared: What those rows are: one probe.
+        origin: The row before the fork of every row behind it.
+        rows: What the rows behind the fork are.
         positions: Positions of each row that reach the head, padded with 0.
         answers: Candidates of each item; an item is an example at a probe, probes outermost.
     """
 
-    input_ids: Int[Tensor, "rows width"]
+    input_ids: Int[Tensor, "shared width"]
+    shared: Rows
+    origin: Int[Tensor, " rows"]
     rows: Rows
     positions: Int[Tensor, "rows answers"]
     answers: tuple[tuple[Answer, ...], ...]
@@ -68,8 +76,12 @@ def build_stack(items: Sequence[Sequence[EncodedExample]], device: torch.device)
             columns += [_positions(example, row) for row in range(len(example.rows))]
             answers.append(tuple(_answer(c, first, columns) for c in example.candidates))
         bounds.append(len(token_rows))
+    shared = list(dict.fromkeys(token_rows))
+    place = {row: number for number, row in enumerate(shared)}
     return Stack(
-        input_ids=_padded(token_rows, device),
+        input_ids=_padded(shared, device),
+        shared=Rows((0, len(shared)), tuple(len(row) for row in shared)),
+        origin=torch.tensor([place[row] for row in token_rows], device=device),
         rows=Rows(tuple(bounds), tuple(len(row) for row in token_rows)),
         positions=_padded(columns, device),
         answers=tuple(answers),
@@ -92,9 +104,13 @@ def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> Int[Tensor, 
     return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
 
 
-def answer_scores(model: PreTrainedModel, stack: Stack) -> list[list[float]]:
+def answer_scores(model: PreTrainedModel, live: Live, stack: Stack) -> list[list[float]]:
     """Return the mean log-probability per token (nats) of every candidate of every item."""
-    with torch.inference_mode(), _head_sees(model, stack.positions):
+    with (
+        torch.inference_mode(),
+        _forked(live, stack),
+        _head_sees(model, stack.positions),
+    ):
         logits = model(input_ids=stack.input_ids, use_cache=False).logits
         return _mean_log_probabilities(logits, stack.answers)
 
@@ -126,3 +142,29 @@ def _head_sees(model: PreTrainedModel, positions: Int[Tensor, "rows answers"]) -
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def _forked(live: Live, stack: Stack) -> Iterator[None]:
+    """Repeat the rows in front of the fork while the block runs.
+
+    Whatever the block is given by rows (hidden states, masks, positions) is repeated with them.
+    """
+    assert live.fork is not None
+    count = len(stack.shared.lengths)
+
+    def repeat(value: Any) -> Any:
+        by_rows = isinstance(value, Tensor) and value.dim() > 1 and len(value) == count
+        return value.index_select(0, stack.origin) if by_rows else value
+
+    def repeat_all(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        live.rows = stack.rows
+        return tree_map(repeat, (inputs, named))
+
+    live.rows = stack.shared
+    handle = live.fork.register_forward_pre_hook(repeat_all, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+        live.rows = None

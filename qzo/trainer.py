@@ -7,7 +7,6 @@ journal with bitwise the same scales, whatever stopped it.
 import math
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
 
 from qzo.adapter import (
+    change_warnings,
     changed_fraction,
     read_snapshot,
     save_adapter,
@@ -29,14 +29,14 @@ from qzo.estimators import SPSA, Estimator, PerExampleSPSA
 from qzo.evaluate import Evaluation, evaluate
 from qzo.examples import ExampleSet, from_any
 from qzo.files import new_folder, remove
-from qzo.journal import Journal
-from qzo.linear import Live, Rows
-from qzo.metrics import Metrics, Window
-from qzo.model import quant_linears
+from qzo.journal import Fingerprint, Journal, Step
+from qzo.linear import Live
+from qzo.metrics import CLOSING_KEY, Metrics, Window
+from qzo.model import trained_layers
 from qzo.objective import Objective
 from qzo.optimizers import OPTIMIZERS
 from qzo.probes import Probe
-from qzo.replay import adapter_config, apply_journal
+from qzo.replay import adapter_config, apply_journal, check_fingerprint
 from qzo.run_folder import header_of, open_journal, write_reference
 from qzo.scales import Scales
 from qzo.schedules import learning_rate
@@ -58,6 +58,7 @@ class Result:
         changed_fraction: Scales that differ from the base in the file's dtype.
         skipped_steps: Steps of this call without a finite loss.
         seconds: Time of the steps of this call.
+        warnings: What to know before the result is used; empty if all is well.
     """
 
     steps: int
@@ -67,6 +68,7 @@ class Result:
     changed_fraction: float
     skipped_steps: int
     seconds: float
+    warnings: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain numbers."""
@@ -101,7 +103,7 @@ class Trainer:
     ) -> None:
         self.model, self.config, self.tokenizer = model.eval(), config, tokenizer
         self.folder = Path(config.output_dir)
-        layers = quant_linears(model)
+        layers = trained_layers(model, config.zo.num_blocks)
         self._live: Live = layers[0].live
         self.scales = Scales.of_layers(
             layers, coordinates=config.zo.coordinates, direction=config.zo.direction
@@ -130,13 +132,14 @@ class Trainer:
         """
         config, scales, estimator = self.config, self.scales, self.estimator
         self.checkpoint = checkpoint_of(self.model, self.folder / "base")
-        journal = open_journal(config, header_of(config, self.checkpoint, len(scales)))
+        journal = open_journal(config, header_of(config, self.checkpoint, scales))
         self._restore(journal)
         self.metrics = Metrics(self.folder / "metrics.jsonl", journal.next_step)
         self._window, skipped, skipped_in_a_row = Window(), 0, 0
         self._events.tell("train_begin", journal.next_step)
-        before = self._evaluate(journal.next_step)
+        before = self._evaluate(0) if journal.next_step == 0 else None
         started = time.monotonic()
+        self._catch_up(journal)
 
         for step in range(journal.next_step, config.max_steps):
             self._events.tell("step_begin", step)
@@ -144,13 +147,7 @@ class Trainer:
             probes = estimator.ask(step)
             losses = self.objective.losses(probes, batch)
             derivatives = estimator.tell(probes, losses)
-            rate = learning_rate(
-                config.lr_scheduler_type,
-                config.learning_rate,
-                step,
-                max_steps=config.max_steps,
-                warmup_steps=config.warmup_steps,
-            )
+            rate = self._learning_rate(step)
             journal.append(step, losses, derivatives, rate)
             usable = [d for d in derivatives if math.isfinite(d.value)]
             self.optimizer.step(scales, usable, rate)
@@ -164,7 +161,8 @@ class Trainer:
                     "scales are intact"
                 )
             self._window.add(losses, derivatives)
-            self._after_step(journal, step + 1, rate, time.monotonic() - started)
+            self._events.tell("step_end", step + 1)
+            self._after_step(journal, step + 1, time.monotonic() - started)
             if self._events.wants_stop:
                 break
 
@@ -180,16 +178,14 @@ class Trainer:
         data = data or self.eval_set
         if data is None:
             raise ConfigError("eval_dataset: expected evaluation examples, got none")
-        return evaluate(
-            self.model,
-            self._see_master,
-            data,
-            batch_size=self.config.per_device_eval_batch_size,
-            tokenizer=self.tokenizer,
-        )
-
-    def _see_master(self, rows: Rows | None) -> AbstractContextManager[None]:
-        return self.scales.shifted(self._live, _AT_MASTER, rows)
+        with self.scales.shifted(self._live, _AT_MASTER):
+            return evaluate(
+                self.model,
+                self._live,
+                data,
+                batch_size=self.config.per_device_eval_batch_size,
+                tokenizer=self.tokenizer,
+            )
 
     def _example_set(self, data: ExampleSet | Sequence[Any]) -> ExampleSet:
         if isinstance(data, ExampleSet):
@@ -200,29 +196,59 @@ class Trainer:
 
     def _restore(self, journal: Journal) -> None:
         """Bring the scales to the end of the journal, from the newest snapshot on."""
+        self.scales.reset()
         start = 0
         for folder in reversed(self._snapshots()):
             values, state = read_snapshot(folder)
             if state["step"] <= journal.next_step:
                 self.scales.restore(values)
+                check_fingerprint(Fingerprint(state["step"], state["fingerprint"]), self.scales)
                 start = state["step"]
                 break
         apply_journal(journal, self.scales, from_step=start)
 
-    def _after_step(self, journal: Journal, step: int, rate: float, seconds: float) -> None:
-        """Log, evaluate and save where the recipe says so; ``step`` counts the steps done."""
+    def _catch_up(self, journal: Journal) -> None:
+        """Do what the end of an earlier call left undone after its last step."""
+        if journal.next_step == 0:
+            return
+        for record in journal.records():
+            if isinstance(record, Step) and record.step >= self.metrics.logged_step:
+                losses = [math.nan if loss is None else loss for loss in record.losses]
+                probes = self.estimator.ask(record.step)
+                self._window.add(losses, self.estimator.tell(probes, losses))
+        self._after_step(journal, journal.next_step, 0.0)
+
+    def _after_step(self, journal: Journal, step: int, seconds: float) -> None:
+        """Log, evaluate and save where the recipe says so and it is not done.
+
+        Args:
+            journal: Of the run.
+            step: The number of steps done.
+            seconds: Time of the steps of this call.
+        """
         config = self.config
         if step % FINGERPRINT_STEPS == 0:
             journal.mark(self.scales.fingerprint())
-        if step % config.logging_steps == 0 or step == config.max_steps:
-            line = {"step": step, **self._window.take(), "learning_rate": rate, "seconds": seconds}
+        is_logged = self.metrics.logged_step >= step
+        if not is_logged and (step % config.logging_steps == 0 or step == config.max_steps):
+            numbers = {**self._window.take(), "learning_rate": self._learning_rate(step - 1)}
+            line = {"step": step, **numbers, "seconds": seconds}
             self.metrics.append(line)
             self._events.tell("log", step, logs=line)
-        self._events.tell("step_end", step)
         if config.eval_steps and step % config.eval_steps == 0 and step < config.max_steps:
             self._evaluate(step)
         if step % config.save_steps == 0 and step < config.max_steps:
             self._save(step)
+
+    def _learning_rate(self, step: int) -> float:
+        config = self.config
+        return learning_rate(
+            config.lr_scheduler_type,
+            config.learning_rate,
+            step,
+            max_steps=config.max_steps,
+            warmup_steps=config.warmup_steps,
+        )
 
     def _evaluate(self, step: int) -> Evaluation | None:
         """Evaluate, note it, and keep the scales if they are the best so far."""
@@ -230,15 +256,18 @@ class Trainer:
             return None
         result = self.evaluate()
         best = self.metrics.best()
+        if best is None or result.loss < best[1]:  # before it is noted: a stop repeats both
+            self._snapshot(self.folder / "best", step)
         line = {f"eval_{key}": value for key, value in result.to_dict().items()}
         self.metrics.append({"step": step, **line})
         self._events.tell("evaluate", step, metrics=line)
-        if best is None or result.loss < best[1]:
-            self._snapshot(self.folder / "best", step)
         return result
 
     def _save(self, step: int) -> None:
-        self._snapshot(self.folder / f"checkpoint-{step}", step)
+        folder = self.folder / f"checkpoint-{step}"
+        if folder.exists():
+            return
+        self._snapshot(folder, step)
         for old in self._snapshots()[: -self.config.save_total_limit]:
             remove(old)
         self._events.tell("save", step)
@@ -251,7 +280,9 @@ class Trainer:
 
     def _snapshots(self) -> list[Path]:
         folders = self.folder.glob("checkpoint-*")
-        return sorted(folders, key=lambda folder: int(folder.name.removeprefix("checkpoint-")))
+        steps = [folder.name.removeprefix("checkpoint-") for folder in folders]
+        numbers = sorted(int(step) for step in steps if step.isdecimal())
+        return [self.folder / f"checkpoint-{number}" for number in numbers]
 
     def _finish(
         self, journal: Journal, before: Evaluation | None, skipped: int, seconds: float
@@ -269,9 +300,11 @@ class Trainer:
         if after is None and self.eval_set is not None:
             after = self.evaluate()
         self._write_adapter(journal, best_step)
-        self._events.tell("train_end", steps)
         changed = changed_fraction(self.checkpoint, self.scales)
-        return Result(steps, best_step, before, after, changed, skipped, seconds)
+        self.metrics.append({"step": steps, "best_step": best_step, CLOSING_KEY: changed})
+        self._events.tell("train_end", steps)
+        warnings = change_warnings(self.checkpoint, changed, best_step=best_step)
+        return Result(steps, best_step, before, after, changed, skipped, seconds, warnings)
 
     def _write_adapter(self, journal: Journal, step: int) -> None:
         tensors: dict[str, Tensor] = scale_tensors(self.checkpoint, self.scales)
@@ -293,6 +326,7 @@ def make_estimator(config: Recipe) -> Estimator:
             config.seed,
             num_directions=num_examples,
             max_loss_difference=zo.max_loss_difference,
+            is_normalized=zo.normalize,
         )
     return SPSA(
         zo.epsilon,

@@ -8,6 +8,7 @@ codes or permuted the scales are refused: what they hold is no longer what a che
 import json
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,10 +21,13 @@ from qzo.checkpoint import Checkpoint, CheckpointWriter, open_checkpoint
 from qzo.errors import CheckpointError
 from qzo.files import new_folder, write_json
 from qzo.linear import Live, QuantLinear
-from qzo.model import load_tokenizer, quant_linears
+from qzo.model import decoder_blocks, load_tokenizer, quant_linears
 
-# GPTQ modules that pass qweight, qzeros, scales and g_idx to their kernel as the file has them.
-_NATURAL_GPTQ = {"TorchLinear", "TorchQuantLinear", "TritonV2Linear", "TritonV2QuantLinear"}
+# Names as in GPTQModel 7.3 to 7.6. These modules hold qweight, scales and g_idx as the file has
+# them, and zero points as gptq_v2 stores them, whatever the file has.
+_NATURAL_GPTQ = {"TorchLinear", "TritonV2Linear"}
+# These do so until their first forward in eval mode, which repacks the codes in place.
+_NATURAL_GPTQ_UNTIL_USED = {"TorchAtenLinear", "TorchFusedLinear"}
 
 
 def wrap(model: PreTrainedModel) -> PreTrainedModel:
@@ -46,8 +50,10 @@ def wrap(model: PreTrainedModel) -> PreTrainedModel:
             "model: expected modules quantized by bitsandbytes (4 bit) or GPTQ, found none; pass "
             "quantization_config=BitsAndBytesConfig(load_in_4bit=True) to from_pretrained"
         )
-    for name, module in found:
-        model.set_submodule(name, _adopt(name, module, config, live))
+    adopted = [(name, _adopt(name, module, config, live)) for name, module in found]
+    for name, layer in adopted:  # a refusal above leaves the model as it was
+        model.set_submodule(name, layer)
+    live.fork = decoder_blocks(model)[0]
     model.requires_grad_(False)
     model.is_quantized = False  # type: ignore[assignment]  # transformers' own kernels are gone
     model.eval()
@@ -119,11 +125,12 @@ def _quantization_config(model: PreTrainedModel) -> dict[str, Any]:
     if config is None:
         raise CheckpointError("model: expected a quantization_config in its config, found none")
     values: dict[str, Any] = config if isinstance(config, dict) else config.to_dict()
-    return values
+    return {key: value for key, value in values.items() if key != "backend"}  # of this load only
 
 
 def _is_quantized(module: nn.Module) -> bool:
-    return type(module).__name__ == "Linear4bit" or hasattr(module, "qweight")
+    is_gptqmodel = any(kind.__name__ == "BaseQuantLinear" for kind in type(module).__mro__)
+    return type(module).__name__ == "Linear4bit" or is_gptqmodel or hasattr(module, "qweight")
 
 
 def _adopt(name: str, module: nn.Module, config: Mapping[str, Any], live: Live) -> QuantLinear:
@@ -132,9 +139,8 @@ def _adopt(name: str, module: nn.Module, config: Mapping[str, Any], live: Live) 
         format_module, roles = nf4, _bitsandbytes_tensors(name, module)
         spec: Any = nf4.NF4Spec(_quant_state(module).quant_type)
     else:
-        format_module, roles = gptq, _gptq_tensors(name, module)
-        # GPTQModel holds v2 zero points, whatever the file had
-        spec = gptq.spec({**config, "checkpoint_format": "gptq_v2"})
+        spec = gptq.spec(config)
+        format_module, roles = gptq, _gptq_tensors(name, module, spec)
     weight = format_module.unpack(roles, spec, name)
     names = format_module.tensor_names(name, spec)
     bias = module.bias
@@ -172,14 +178,30 @@ def _quant_state(module: nn.Module) -> Any:
     return getattr(module.weight, "quant_state", None)
 
 
-def _gptq_tensors(name: str, module: nn.Module) -> dict[str, Tensor]:
+def _gptq_tensors(name: str, module: nn.Module, spec: gptq.GPTQSpec) -> dict[str, Tensor]:
+    """Return the tensors of a module by role, as the file has them."""
+    _check_layout(name, module)
+    tensors = {
+        role: getattr(module, role, None) for role in ("qweight", "qzeros", "scales", "g_idx")
+    }
+    roles = {role: tensor for role, tensor in tensors.items() if isinstance(tensor, Tensor)}
+    if spec.checkpoint_format == "gptq":
+        held, num_outputs = replace(spec, checkpoint_format="gptq_v2"), roles["scales"].shape[1]
+        zeros = gptq.unpack_zeros(roles["qzeros"], held, num_outputs)
+        roles["qzeros"] = gptq.pack_zeros(zeros.int(), spec)
+    return roles
+
+
+def _check_layout(name: str, module: nn.Module) -> None:
     kind = type(module).__name__
-    if kind not in _NATURAL_GPTQ:
+    is_repacked = getattr(module, "linear_mode", None) == "inference"
+    if kind in _NATURAL_GPTQ_UNTIL_USED and is_repacked:
+        raise CheckpointError(
+            f"{name}: expected GPTQ tensors in their natural layout, found {kind}, which a forward "
+            "pass has repacked; call qzo.wrap before the first forward"
+        )
+    if kind not in _NATURAL_GPTQ | _NATURAL_GPTQ_UNTIL_USED:
         raise CheckpointError(
             f"{name}: expected GPTQ tensors in their natural layout, found {kind}, which may "
             "repack them; use qzo.load on the checkpoint, or load it with backend 'torch'"
         )
-    tensors = {
-        role: getattr(module, role, None) for role in ("qweight", "qzeros", "scales", "g_idx")
-    }
-    return {role: tensor for role, tensor in tensors.items() if isinstance(tensor, Tensor)}

@@ -77,6 +77,12 @@ def v1_constant(word: int, bits: int, writer: str) -> int:
     return (ones >> (32 * (word % 3))) & 0xFFFFFFFF
 
 
+def shift_words(words: list[int], sign: int, variant: GPTQVariant) -> list[int]:
+    """Add or subtract the constant of v1, word by word."""
+    constants = [v1_constant(w, variant.bits, variant.writer) for w in range(len(words))]
+    return [(word + sign * c) % 2**32 for word, c in zip(words, constants, strict=True)]
+
+
 def signed(words: list[list[int]]) -> Tensor:
     """Return words as the int32 tensor with the same bits."""
     return torch.from_numpy(np.array(words, dtype=np.uint32).view(np.int32).copy())
@@ -115,10 +121,7 @@ def pack_zero_rows(zeros: list[list[int]], variant: GPTQVariant) -> Tensor:
     """Pack zero points ``[groups][out]`` along the outputs, whole words minus a constant in v1."""
     rows = [pack_stream(row, variant.bits) for row in zeros]
     if variant.checkpoint_format == "gptq":
-        rows = [
-            [(word - v1_constant(w, variant.bits, variant.writer)) % 2**32 for w, word in row]
-            for row in (enumerate(row) for row in rows)
-        ]
+        rows = [shift_words(row, -1, variant) for row in rows]
     return signed(rows)
 
 
@@ -126,10 +129,7 @@ def read_zeros(qzeros: Tensor, variant: GPTQVariant, out_features: int) -> list[
     """Return zero points ``[groups][out]``."""
     rows: list[list[int]] = qzeros.tolist()
     if variant.checkpoint_format == "gptq":
-        rows = [
-            [(word + v1_constant(w, variant.bits, variant.writer)) % 2**32 for w, word in row]
-            for row in (enumerate(row) for row in rows)
-        ]
+        rows = [shift_words(row, +1, variant) for row in rows]
     return [unpack_stream(row, variant.bits, out_features) for row in rows]
 
 

@@ -59,7 +59,11 @@ def quantize_layer(
     )
     parts = state.as_dict(packed=True)
     stored = {key: tensor for key, tensor in parts.items() if "bitsandbytes__" not in key}
-    return {"weight": packed, **stored, "quant_state": parts[f"quant_state.bitsandbytes__{quant_type}"]}
+    return {
+        "weight": packed,
+        **stored,
+        "quant_state": parts[f"quant_state.bitsandbytes__{quant_type}"],
+    }
 
 
 def write_nf4(

@@ -1,0 +1,244 @@
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.runs import (
+    COMPLETIONS,
+    RECORDS,
+    dense_candidate_scores,
+    dense_equal,
+    tiny_checkpoint,
+    tiny_trainer,
+)
+
+from qzo.encoding import EncodedExample
+from qzo.errors import ConfigError, DataError
+from qzo.estimators import PerExampleSPSA
+from qzo.examples import ExampleSet
+from qzo.objective import Objective, example_loss, needed_rows
+from qzo.probes import Probe
+from qzo.scales import Coordinates
+
+COORDINATES: tuple[Coordinates, ...] = ("absolute", "relative", "row")
+# fp32 forwards, summed in another order, of losses near 1
+TOLERANCE = 3e-6
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("objective") / "base")
+
+
+@pytest.fixture
+def folder(base: Path, tmp_path: Path) -> Path:
+    """A base with a place for a run beside it; nothing is written there."""
+    return tmp_path
+
+
+def objective(base: Path, out: Path, records: Any = RECORDS, **keys: Any) -> Objective:
+    return tiny_trainer(base, out, train=records, **keys).objective
+
+
+def zo(coordinates: Coordinates) -> dict[str, Any]:
+    return {"estimator": "spsa", "coordinates": coordinates}
+
+
+def order(made: Objective, num_steps: int) -> list[EncodedExample]:
+    """Return the examples of the first steps in the order of training."""
+    return [e for step in range(num_steps) for part in made.batch(step) for e in part]
+
+
+def test_batches_are_a_function_of_data_seed_and_step(base: Path, tmp_path: Path) -> None:
+    first = objective(base, tmp_path, data_seed=3)
+    again = objective(base, tmp_path, data_seed=3)
+    other = objective(base, tmp_path, data_seed=4)
+
+    later = [first.batch(step) for step in (5, 0, 17, 5)]
+
+    assert later == [again.batch(step) for step in (5, 0, 17, 5)]
+    assert later[0] == later[3]
+    assert order(first, 8) != order(other, 8)
+
+
+def test_batches_do_not_depend_on_the_run_seed(base: Path, tmp_path: Path) -> None:
+    assert order(objective(base, tmp_path, seed=1), 8) == order(
+        objective(base, tmp_path, seed=2), 8
+    )
+
+
+@pytest.mark.parametrize(("batch_size", "num_micro_batches"), [(1, 1), (3, 1), (2, 2), (5, 3)])
+def test_every_epoch_covers_every_example_once(
+    base: Path, tmp_path: Path, batch_size: int, num_micro_batches: int
+) -> None:
+    made = objective(
+        base,
+        tmp_path,
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=num_micro_batches,
+    )
+    count = len(RECORDS)
+
+    examples = order(made, 3 * count)
+
+    for epoch in range(3):
+        covered = Counter(examples[epoch * count : (epoch + 1) * count])
+        assert len(covered) == count
+        assert set(covered.values()) == {1}
+    assert examples[:count] != examples[count : 2 * count]
+
+
+def test_a_batch_has_the_asked_number_and_size_of_micro_batches(base: Path, tmp_path: Path) -> None:
+    made = objective(base, tmp_path, per_device_train_batch_size=3, gradient_accumulation_steps=4)
+
+    assert [len(part) for part in made.batch(0)] == [3, 3, 3, 3]
+
+
+@pytest.mark.parametrize("records", [RECORDS, COMPLETIONS], ids=["classes", "completions"])
+@pytest.mark.parametrize("coordinates", COORDINATES)
+def test_stacked_losses_are_those_of_separate_dense_forwards(
+    base: Path, tmp_path: Path, coordinates: Coordinates, records: Any
+) -> None:
+    trainer = tiny_trainer(base, tmp_path, train=records, zo=zo(coordinates))
+    epsilon = 1e-3 if coordinates == "absolute" else 0.05
+    probes = [Probe(5, epsilon), Probe(6, epsilon), Probe(5, -epsilon), Probe(0, 0.0)]
+    batch = trainer.objective.batch(0)
+
+    losses = trainer.objective.losses(probes, batch)
+
+    assert len(losses) == 4
+    for probe, loss in zip(probes, losses, strict=True):
+        want = [dense_loss(base, trainer, probe, example) for example in batch[0]]
+        assert loss == pytest.approx(sum(want) / len(want), abs=TOLERANCE)
+
+
+def dense_loss(base: Path, trainer: Any, probe: Probe, example: EncodedExample) -> float:
+    """Return the loss of one example by a dense model with the weights of one probe."""
+    scales = trainer.scales
+    moved = type(scales)(
+        scales.names,
+        [scales._file_scales[i] for i in range(len(scales.names))],
+        coordinates=scales.coordinates,
+        direction=scales.direction,
+    )
+    moved.move(0, len(moved), moved_by(scales, probe))
+    tuned = {name: moved.tuned(i).T for i, name in enumerate(moved.names)}
+    scores = dense_candidate_scores(dense_equal(base, tuned), example)
+    if len(scores) == 1:
+        return -scores[0]
+    total = sum(math.exp(score) for score in scores)
+    return -math.log(math.exp(scores[example.label]) / total)
+
+
+def moved_by(scales: Any, probe: Probe) -> Any:
+    from qzo.directions import directions
+
+    return directions(scales.direction, [probe.seed], 0, len(scales))[0] * probe.offset
+
+
+@pytest.mark.parametrize("records", [RECORDS, COMPLETIONS], ids=["classes", "completions"])
+def test_gradient_accumulation_is_one_big_batch(base: Path, tmp_path: Path, records: Any) -> None:
+    whole = objective(base, tmp_path, records, per_device_train_batch_size=6)
+    parts = objective(
+        base, tmp_path, records, per_device_train_batch_size=2, gradient_accumulation_steps=3
+    )
+    probes = [Probe(1, 0.02), Probe(1, -0.02)]
+
+    # the same products, but padded and summed over other batches
+    assert parts.losses(probes, parts.batch(1)) == pytest.approx(
+        whole.losses(probes, whole.batch(1)), abs=TOLERANCE
+    )
+
+
+@pytest.mark.parametrize("num_micro_batches", [1, 2])
+def test_a_probe_per_example_is_a_loop_over_the_examples(
+    base: Path, tmp_path: Path, num_micro_batches: int
+) -> None:
+    made = objective(
+        base,
+        tmp_path,
+        per_device_train_batch_size=3,
+        gradient_accumulation_steps=num_micro_batches,
+    )
+    batch = made.batch(0)
+    examples = [example for part in batch for example in part]
+    probes = PerExampleSPSA(0.02, 0, num_directions=len(examples)).ask(0)
+
+    losses = made.losses(probes, batch)
+
+    for probe, loss in zip(probes, losses, strict=True):
+        assert probe.example is not None
+        alone = made.losses([Probe(probe.seed, probe.offset)], [[examples[probe.example]]])
+        assert loss == pytest.approx(alone[0], abs=TOLERANCE)
+
+
+def test_losses_of_a_mixed_set_of_probes_keep_their_places(base: Path, tmp_path: Path) -> None:
+    made = objective(base, tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    batch = made.batch(0)
+    one, every = Probe(3, 0.02, example=3), Probe(4, 0.02)
+
+    first, second = made.losses([one, every], batch)
+
+    alone = made.losses([Probe(3, 0.02)], [[batch[1][1]]])
+    assert first == pytest.approx(alone[0], abs=TOLERANCE)
+    assert second == pytest.approx(made.losses([every], batch)[0], abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("label", [0, 1, 2])
+def test_the_classification_loss_is_a_softmax_over_the_candidates(label: int) -> None:
+    scores = [-1.5, -0.25, -3.0]
+
+    exponentials = [math.exp(score) for score in scores]
+    want = -math.log(exponentials[label] / sum(exponentials))
+    assert example_loss(scores, label, "classification") == pytest.approx(want)
+
+
+def test_the_classification_loss_does_not_underflow() -> None:
+    assert example_loss([-2000.0, -2001.0], 0, "classification") == pytest.approx(0.3132616875)
+
+
+@pytest.mark.parametrize("bad", [math.nan, -math.inf, math.inf])
+def test_the_classification_loss_of_broken_scores_is_not_finite(bad: float) -> None:
+    assert not math.isfinite(example_loss([bad, bad], 0, "classification"))
+    assert not math.isfinite(example_loss([-1.0, math.nan], 0, "classification"))
+
+
+def test_the_language_modelling_loss_is_minus_the_score_of_the_answer() -> None:
+    assert example_loss([-1.5, -0.25], 1, "language_modeling") == 0.25
+
+
+def test_language_modelling_reads_only_the_right_candidate(base: Path, tmp_path: Path) -> None:
+    made = objective(base, tmp_path)
+    example = made.batch(0)[0][0]
+    right = example.candidates[example.label]
+
+    kept = needed_rows(example, "language_modeling")
+
+    assert kept.rows == (example.rows[right.row],)
+    assert [(c.positions, c.targets) for c in kept.candidates] == [(right.positions, right.targets)]
+    assert kept.label == 0
+    assert needed_rows(example, "classification") is example
+
+
+def test_no_examples_are_refused(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        DataError, match=r"^data: expected at least one training example, got none$"
+    ):
+        objective(base, tmp_path, ExampleSet([], "classification"))
+
+
+@pytest.mark.parametrize("key", ["per_device_train_batch_size", "gradient_accumulation_steps"])
+def test_sizes_must_be_positive(base: Path, tmp_path: Path, key: str) -> None:
+    made = tiny_trainer(base, tmp_path)
+    sizes = {"batch_size": 1, "num_micro_batches": 1}
+    sizes["batch_size" if key.startswith("per") else "num_micro_batches"] = 0
+
+    with pytest.raises(ConfigError, match=rf"^{key}: expected a number above 0, got 0$"):
+        Objective(
+            made.model,
+            made._live,
+            made.scales,
+            ExampleSet(made.objective._examples, "classification"),
+            **sizes,
+        )
