@@ -61,7 +61,7 @@ def token_windows(
     tokens: list[int] = tokenizer(joined, add_special_tokens=False, verbose=False)["input_ids"]
     if not tokens:
         raise DataError("calibration: expected text, got none")
-    adds_bos = tokenizer.bos_token_id in tokenizer("a")["input_ids"]
+    adds_bos = tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
     bos = [tokenizer.bos_token_id] if adds_bos else []
     width = min(seq_len - len(bos), len(tokens))
     num_windows = min(num_samples, len(tokens) // width)

@@ -43,30 +43,20 @@ class ExampleSet:
         )
 
 
-def from_any(data: Sequence[Any], tokenizer: Tokenizer, *, max_length: int) -> ExampleSet:
-    """Take encoded examples as they are and encode records.
-
-    Raises:
-        DataError: There are none.
-    """
-    rows = list(data)
-    if not rows:
-        raise DataError("train_dataset: expected at least one example, got none")
-    if isinstance(rows[0], EncodedExample):
-        is_classification = all(len(example.candidates) > 1 for example in rows)
-        return ExampleSet(rows, "classification" if is_classification else "language_modeling")
-    return from_records(rows, tokenizer, max_length=max_length)
+def from_encoded(examples: Sequence[EncodedExample]) -> ExampleSet:
+    """Take encoded examples as they are; with candidates they are classification examples."""
+    is_classification = all(len(example.candidates) > 1 for example in examples)
+    return ExampleSet(examples, "classification" if is_classification else "language_modeling")
 
 
 def from_records(
     records: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, *, max_length: int
 ) -> ExampleSet:
-    """Encode the user's own records; with candidates they are classification examples."""
+    """Encode the user's own records; see ``from_encoded``."""
     examples = encode_records(
         [dict(record) for record in records], tokenizer, max_length=max_length
     )
-    is_classification = all(len(example.candidates) > 1 for example in examples)
-    return ExampleSet(examples, "classification" if is_classification else "language_modeling")
+    return from_encoded(examples)
 
 
 def from_task(

@@ -146,6 +146,7 @@ class QuantLinear(nn.Module):
         effective = self._effective()
         if rows is None:
             return self._product(flat, [0, len(flat)], effective).view(*x.shape[:-1], -1)
+        assert effective.num_probes in {1, len(rows.bounds) - 1}, self.name
         width = max(rows.lengths)
         if len(flat) == len(rows.lengths) * width:  # also where a model flattens its rows (OPT)
             index, bounds = self.live.tokens(width, x.device)

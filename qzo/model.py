@@ -95,12 +95,12 @@ def _num_quantized(module: nn.Module) -> int:
     return sum(isinstance(part, QuantLinear) for part in module.modules())
 
 
-def trained_layers(model: nn.Module, num_blocks: int | None) -> list[QuantLinear]:
+def trained_layers(model: PreTrainedModel, num_blocks: int | None) -> list[QuantLinear]:
     """Choose the layers to train and let stacked forwards fork in front of the first of them.
 
     Args:
         model: Model with quantized layers; its fork is moved.
-        num_blocks: Train the last so many decoder blocks; None for all quantized layers.
+        num_blocks: Train the last so many decoder blocks, None for all; and a quantized head.
 
     Returns:
         The layers, in the order of the trained vector; all others see the scales of the file.
@@ -109,19 +109,16 @@ def trained_layers(model: nn.Module, num_blocks: int | None) -> list[QuantLinear
         ConfigError: The model has fewer blocks.
     """
     layers, blocks = quant_linears(model), decoder_blocks(model)
-    if num_blocks is None:
-        num_blocks, chosen = len(blocks), set(layers)
-    elif num_blocks <= len(blocks):
-        inside = {part for block in blocks[-num_blocks:] for part in block.modules()}
-        chosen = {layer for layer in layers if layer in inside}
-    else:
+    num_blocks = num_blocks or len(blocks)
+    if num_blocks > len(blocks):
         raise ConfigError(
             f"zo.num_blocks: expected at most the model's {len(blocks)} blocks, got {num_blocks}"
         )
     for layer in layers:
         layer.index = -1
     layers[0].live.fork = blocks[-num_blocks]
-    return [layer for layer in layers if layer in chosen]
+    behind = {part for block in blocks[-num_blocks:] for part in block.modules()}
+    return [layer for layer in layers if layer in behind or layer is model.get_output_embeddings()]
 
 
 def _skeleton(folder: Path) -> PreTrainedModel:

@@ -27,8 +27,9 @@ class QuantizeSettings:
     Attributes:
         format: ``gptq``, or ``nf4`` or ``fp4`` of bitsandbytes.
         bits: Width of a code; other than 4 only for gptq.
-        group_size: Weights sharing a scale; -1 for a whole row (gptq). None: 64 for bitsandbytes;
-            for gptq the largest of 128, 64 and 32 that divides the input size of every layer.
+        group_size: Weights sharing a scale; -1 for a whole row (gptq). None: the largest usual one
+            that divides the input size of every layer, of 128, 64 and 32 for gptq, of 64 and 32
+            for bitsandbytes, whose blocks cross rows otherwise.
         is_symmetric: One zero point for all groups (gptq).
         act_order: Quantize the inputs with the largest activations first (gptq).
         method: ``gptq``, or ``rtn`` to round to nearest without calibration (gptq format).

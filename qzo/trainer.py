@@ -24,10 +24,11 @@ from qzo.adapter import (
 )
 from qzo.callbacks import Events
 from qzo.config import Recipe
-from qzo.errors import ConfigError, QZOError
+from qzo.encoding import EncodedExample
+from qzo.errors import ConfigError, DataError, QZOError
 from qzo.estimators import SPSA, Estimator, PerExampleSPSA
 from qzo.evaluate import Evaluation, evaluate
-from qzo.examples import ExampleSet, from_any
+from qzo.examples import ExampleSet, from_encoded, from_records
 from qzo.files import new_folder, remove
 from qzo.journal import Fingerprint, Journal, Step
 from qzo.linear import Live
@@ -188,11 +189,21 @@ class Trainer:
             )
 
     def _example_set(self, data: ExampleSet | Sequence[Any]) -> ExampleSet:
+        """Take examples as they are, and encode records.
+
+        Raises:
+            DataError: There are none.
+        """
         if isinstance(data, ExampleSet):
             return data
+        rows = list(data)
+        if not rows:
+            raise DataError("train_dataset: expected at least one example, got none")
+        if isinstance(rows[0], EncodedExample):
+            return from_encoded(rows)
         if self.tokenizer is None:
             self.tokenizer = tokenizer_of(self.model)
-        return from_any(data, self.tokenizer, max_length=self.config.max_length)
+        return from_records(rows, self.tokenizer, max_length=self.config.max_length)
 
     def _restore(self, journal: Journal) -> None:
         """Bring the scales to the end of the journal, from the newest snapshot on."""

@@ -38,8 +38,9 @@ def main() -> None:
     shutil.rmtree(WORK, ignore_errors=True)
     REVIEWS.mkdir(parents=True)
     held_out = write_reviews(num_held_out=100 if quick else NUM_HELD_OUT)
-    quantize_options = ["--num-samples", "4", "--seq-len", "64"] if quick else []
-    qzo("quantize", str(model_file()), "--group-size", "64", "--out", str(BASE), *quantize_options)
+    samples = ["--num-samples", "4", "--seq-len", "64"] if quick else []
+    text = ["--calibration", str(REVIEWS / "train.jsonl")]
+    qzo("quantize", str(model_file()), "--group-size", "64", *text, *samples, "--out", str(BASE))
     before = qzo("eval", str(BASE), "--data", str(held_out))
     overrides = ["max_steps=3"] if quick else []
     qzo("train", str(HERE / "demo.yaml"), *overrides)

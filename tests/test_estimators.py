@@ -129,10 +129,11 @@ def test_the_clip_is_the_largest_loss_difference_over_two_epsilon(make: type[SPS
 
     assert [d.value for d in derivatives] == pytest.approx([100.0, -100.0, 50.0])
     assert [d.raw for d in derivatives] == pytest.approx([250.0, -250.0, 50.0])
+    assert [d.is_clipped for d in derivatives] == [True, True, False]
 
 
 def test_without_a_clip_values_are_raw(make: type[SPSA]) -> None:
-    estimator = make(1e-3, 0)
+    estimator = make(1e-3, 0, num_directions=1)
 
     (derivative,) = estimator.tell(estimator.ask(0), [1e6, -1e6])
 
@@ -158,11 +159,43 @@ def test_a_loss_that_is_not_finite_gives_nan_in_its_place(
 
 
 def test_a_difference_that_overflows_is_nan(make: type[SPSA]) -> None:
-    estimator = make(1e-3, 0, max_loss_difference=0.2)
+    estimator = make(1e-3, 0, num_directions=1, max_loss_difference=0.2)
 
     (derivative,) = estimator.tell(estimator.ask(0), [1.7e308, -1.7e308])
 
     assert math.isnan(derivative.value)
+
+
+def test_normalised_derivatives_have_a_root_mean_square_of_one() -> None:
+    estimator = PerExampleSPSA(0.5, 0, num_directions=3, is_normalized=True)
+
+    derivatives = estimator.tell(estimator.ask(0), [3.0, 1.0, -2.0, 0.0, 0.0, 0.0])
+
+    size = math.sqrt((9 + 1 + 4) / 3)
+    assert [d.value for d in derivatives] == pytest.approx([3 / size, 1 / size, -2 / size])
+    assert [d.raw for d in derivatives] == [3.0, 1.0, -2.0]
+    assert not any(d.is_clipped for d in derivatives)
+
+
+def test_normalisation_follows_the_clip_and_leaves_out_what_is_not_finite() -> None:
+    estimator = PerExampleSPSA(
+        0.5, 0, num_directions=3, max_loss_difference=2.0, is_normalized=True
+    )
+
+    derivatives = estimator.tell(estimator.ask(0), [4.0, math.nan, 2.0, 0.0, 0.0, 0.0])
+
+    assert [d.value for d in (derivatives[0], derivatives[2])] == [1.0, 1.0]
+    assert math.isnan(derivatives[1].value)
+    assert [d.is_clipped for d in derivatives] == [True, False, False]
+
+
+@pytest.mark.parametrize("losses", [[1.0] * 4, [math.nan] * 4])
+def test_normalisation_leaves_nothing_as_it_is(losses: list[float]) -> None:
+    estimator = PerExampleSPSA(0.5, 0, num_directions=2, is_normalized=True)
+
+    values = [d.value for d in estimator.tell(estimator.ask(0), losses)]
+
+    assert values == [0.0, 0.0] or all(math.isnan(value) for value in values)
 
 
 def test_tell_wants_a_loss_for_every_probe(make: type[SPSA]) -> None:
@@ -177,7 +210,7 @@ def test_epsilon_must_be_a_positive_number(make: type[SPSA], value: float) -> No
     with pytest.raises(
         ConfigError, match=rf"^zo\.epsilon: expected a number above 0, got {value}$"
     ):
-        make(value, 0)
+        make(value, 0, num_directions=1)
 
 
 @pytest.mark.parametrize("value", [0, -2])
@@ -193,4 +226,4 @@ def test_max_loss_difference_must_be_a_positive_number(make: type[SPSA], value: 
     with pytest.raises(
         ConfigError, match=rf"^zo\.max_loss_difference: expected a number above 0, got {value}$"
     ):
-        make(0.1, 0, max_loss_difference=value)
+        make(0.1, 0, num_directions=1, max_loss_difference=value)

@@ -38,8 +38,9 @@ from qzo.wrap import wrap
 
 pytestmark = [
     pytest.mark.gptqmodel,
-    # GPTQModel touches a deprecated attribute of the model; GPTQConfig only names the backend
+    # GPTQModel touches a deprecated attribute of the model and leaves a folder to the collector
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Implicitly cleaning up <TemporaryDirectory:ResourceWarning"),
     pytest.mark.filterwarnings("ignore:You passed `quantization_config`:UserWarning"),
 ]
 
@@ -82,11 +83,16 @@ CASES = [
     Case("desc-act-v1", {"act_order": True, "group_size": 32}),
     Case("desc-act-asym-v2", {"act_order": True, **ASYMMETRIC}),
     Case("sharded", max_shard_bytes=100_000),
-    Case("one-group-per-row", {"group_size": -1}, kernel="TorchLinear"),
+    Case("one-group-per-row", {"group_size": -1}, kernel="TorchFusedLinear"),
     Case("2-bit", {"bits": 2}, kernel="TorchLinear"),
     Case("3-bit", {"bits": 3}, kernel="TorchLinear"),
     Case("8-bit", {"bits": 8}, kernel="TorchLinear"),
 ]
+
+
+def only(name: str) -> Any:
+    """Return the parameter of a test that needs one kind of checkpoint."""
+    return pytest.param(next(case for case in CASES if case.name == name), id=name)
 
 
 @dataclass(frozen=True)
@@ -164,9 +170,10 @@ def train(model: PreTrainedModel, folder: Path) -> Tensor:
             "data": "given",
             "output_dir": str(folder),
             "max_steps": 10,
-            "learning_rate": 0.5,
+            "learning_rate": 0.8,
             "lr_scheduler_type": "constant",
             "per_device_train_batch_size": 8,
+            "zo": {"estimator": "spsa", "coordinates": "relative"},  # each group by itself
         }
     )
     trainer = Trainer(model, recipe, ExampleSet(examples(), "language_modeling"))
@@ -198,7 +205,7 @@ def load(folder: Path, backend: str | None = None) -> PreTrainedModel:
     if backend is not None:
         options["quantization_config"] = GPTQConfig(bits=4, backend=backend)
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, **options)
-    return model.eval()
+    return model
 
 
 def kernels(model: PreTrainedModel) -> set[str]:
@@ -235,6 +242,30 @@ def test_transformers_computes_the_tuned_model_in_fp16(tuned: Tuned) -> None:
     assert relative_error(logits, tuned.logits) < FP16
 
 
+# Two defects of GPTQModel 7.6.0 on a CPU, whose files backend="torch" computes rightly.
+WHOLE_ROWS = Case("asym-one-group-per-row", {"group_size": -1, **ASYMMETRIC})
+GROUPS_OF_16 = Case("sym-v1-g16", {"group_size": 16})
+
+
+@pytest.mark.parametrize("tuned", [pytest.param(WHOLE_ROWS, id=WHOLE_ROWS.name)], indirect=True)
+def test_gptqmodel_drops_zero_points_of_whole_rows(tuned: Tuned) -> None:
+    model = load(tuned.exported)
+
+    assert relative_error(logits_of(model, tokens()), tuned.logits) > 0.5
+    assert kernels(model) == {"TorchFusedLinear"}
+    exact = logits_of(load(tuned.exported, backend="torch"), tokens())
+    assert relative_error(exact, tuned.logits) < FP16
+
+
+@pytest.mark.parametrize("tuned", [pytest.param(GROUPS_OF_16, id=GROUPS_OF_16.name)], indirect=True)
+def test_gptqmodel_chooses_a_kernel_that_refuses_groups_of_16(tuned: Tuned) -> None:
+    with pytest.raises(RuntimeError, match=r"expect qGroupSize to be 32, 64, 128 or 256, got 16"):
+        logits_of(load(tuned.exported), tokens())
+
+    exact = logits_of(load(tuned.exported, backend="torch"), tokens())
+    assert relative_error(exact, tuned.logits) < FP16
+
+
 @pytest.mark.parametrize("backend", ["torch", None])
 def test_wrap_adopts_modules_in_their_natural_layout(tuned: Tuned, backend: str | None) -> None:
     model = wrap(load(tuned.exported, backend))
@@ -245,6 +276,7 @@ def test_wrap_adopts_modules_in_their_natural_layout(tuned: Tuned, backend: str 
     assert relative_error(logits, tuned.logits) < FP16
 
 
+@pytest.mark.parametrize("tuned", [only("desc-act-asym-v2")], indirect=True)
 def test_wrap_adopts_after_a_forward_that_repacks_nothing(tuned: Tuned) -> None:
     model = load(tuned.exported, backend="torch")
     logits_of(model, tokens())
@@ -262,17 +294,18 @@ def test_wrapped_model_is_trained_and_exported_for_transformers(
     export(tmp_path / "run", tmp_path / "exported")
 
     assert relative_error(tuned.logits, logits) > VISIBLE
-    assert relative_error(logits_of(load(tmp_path / "exported"), tokens()), logits) < BF16
+    again = load(tmp_path / "exported", backend="torch")
+    assert relative_error(logits_of(again, tokens()), logits) < FP16
 
 
-@pytest.mark.parametrize("tuned", CASES[:1], indirect=True)
+@pytest.mark.parametrize("tuned", [only("sym-v1-g64")], indirect=True)
 def test_wrap_refuses_modules_that_a_forward_has_repacked(tuned: Tuned) -> None:
     model = load(tuned.exported)
     logits_of(model, tokens())
 
     with pytest.raises(
         CheckpointError,
-        match=r"^model\.layers\.0\.self_attn\.q_proj: expected GPTQ tensors in their natural "
+        match=r"^model\.layers\.0\.self_attn\.k_proj: expected GPTQ tensors in their natural "
         r"layout, found TorchAtenLinear, which a forward pass has repacked; call qzo\.wrap before "
         r"the first forward$",
     ):
@@ -280,24 +313,22 @@ def test_wrap_refuses_modules_that_a_forward_has_repacked(tuned: Tuned) -> None:
     assert kernels(model) == {"TorchAtenLinear"}
 
 
-@pytest.mark.parametrize("tuned", CASES[:1], indirect=True)
+@pytest.mark.parametrize("tuned", [only("sym-v1-g64")], indirect=True)
 def test_wrap_refuses_modules_that_repack_when_loaded(tuned: Tuned) -> None:
     model = load(tuned.exported, backend="torch_int8")
 
     with pytest.raises(
         CheckpointError,
-        match=r"^model\.layers\.0\.self_attn\.q_proj: expected GPTQ tensors in their natural "
+        match=r"^model\.layers\.0\.self_attn\.k_proj: expected GPTQ tensors in their natural "
         r"layout, found TorchInt8Linear, which may repack them; use qzo\.load on the checkpoint, "
         r"or load it with backend 'torch'$",
     ):
         wrap(model)
 
 
-def test_asymmetric_v1_file_stores_a_borrow(tmp_path: Path) -> None:
-    write_float_model(tmp_path / "float")
-    case = next(case for case in CASES if case.name == "asym-v1")
-    quantize(tmp_path / "float", tmp_path / "quantized", case.settings())
+@pytest.mark.parametrize("tuned", [only("asym-v1")], indirect=True)
+def test_asymmetric_v1_file_has_zero_points_that_borrow(tuned: Tuned) -> None:
+    weight = open_checkpoint(tuned.base).weight("model.layers.0.mlp.up_proj")
 
-    weight = open_checkpoint(tmp_path / "quantized").weight("model.layers.0.mlp.up_proj")
-
-    assert (weight.zeros[:, ::9] == 0).all()
+    assert (weight.zeros[0, ::9] == 0).all()
+    assert (weight.zeros != 0).any()

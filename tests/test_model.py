@@ -235,9 +235,7 @@ def test_quantized_layers_come_in_natural_order(tmp_path: Path) -> None:
 
 
 def test_a_model_without_quantized_layers_is_refused() -> None:
-    message = (
-        r"^model: expected quantized layers of qzo, found none; use qzo.load or qzo.wrap$"
-    )
+    message = r"^model: expected quantized layers of qzo, found none; use qzo.load or qzo.wrap$"
     with pytest.raises(CheckpointError, match=message):
         quant_linears(tiny_model())
 
@@ -270,7 +268,9 @@ def test_a_missing_part_of_a_layer_is_named(base: Path, role: str) -> None:
 
 
 def test_a_layer_without_its_codes_is_named(base: Path) -> None:
-    edited(base, lambda t: [t.pop(f"{LAYER}.{r}") for r in ("qweight", "qzeros", "scales", "g_idx")])
+    edited(
+        base, lambda t: [t.pop(f"{LAYER}.{r}") for r in ("qweight", "qzeros", "scales", "g_idx")]
+    )
     assert refusal(base) == f"{LAYER}.weight: expected this tensor in the checkpoint, not found"
 
 

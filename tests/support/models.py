@@ -1,5 +1,7 @@
 """Tiny transformers models with fixed weights."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import (
@@ -22,7 +24,6 @@ ARCHITECTURES = ("llama", "mistral", "qwen2", "opt")
 _SIZES = {
     "vocab_size": VOCABULARY,
     "hidden_size": HIDDEN,
-    "intermediate_size": INTERMEDIATE,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
@@ -33,10 +34,16 @@ _SIZES = {
 
 
 def tiny_model(
-    architecture: str = "llama", *, tied: bool = False, num_layers: int = 1, seed: int = 0
+    architecture: str = "llama",
+    *,
+    tied: bool = False,
+    num_layers: int = 1,
+    intermediate: int = INTERMEDIATE,
+    seed: int = 0,
 ) -> PreTrainedModel:
     """Return a model in float32 whose values all fit float16."""
-    model = _build(architecture, tied, num_layers)
+    sizes = {"num_hidden_layers": num_layers, "tie_word_embeddings": tied}
+    model = _build(architecture, {**_SIZES, **sizes, "intermediate_size": intermediate})
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -46,16 +53,15 @@ def tiny_model(
     return model.eval()
 
 
-def _build(architecture: str, tied: bool, num_layers: int) -> PreTrainedModel:
-    sizes = {**_SIZES, "num_hidden_layers": num_layers, "tie_word_embeddings": tied}
+def _build(architecture: str, sizes: dict[str, Any]) -> PreTrainedModel:
     if architecture == "llama":
         return LlamaForCausalLM(LlamaConfig(**sizes))
     if architecture == "mistral":
         return MistralForCausalLM(MistralConfig(**sizes))
     if architecture == "qwen2":
         return Qwen2ForCausalLM(Qwen2Config(**sizes))
+    own = {"ffn_dim": sizes["intermediate_size"], "word_embed_proj_dim": HIDDEN}
     kept = {k: v for k, v in sizes.items() if k not in {"intermediate_size", "num_key_value_heads"}}
-    own = {"ffn_dim": INTERMEDIATE, "word_embed_proj_dim": HIDDEN}
     return OPTForCausalLM(OPTConfig(**kept, **own))
 
 

@@ -1,0 +1,238 @@
+import json
+import math
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.runs import json_lines
+
+from qzo.errors import CheckpointError
+from qzo.files import WriteError
+from qzo.journal import Fingerprint, Journal, Step, derivatives_of
+from qzo.probes import DirectionalDerivative, direction_seed
+
+HEADER: dict[str, Any] = {
+    **{"base": "/models/base", "codes_sha256": "c0", "scales_sha256": "5c", "seed": 7},
+    **{"generator": "philox4x32-10/v1", "qzo_version": "0", "layers": ["a"], "num_values": 3},
+    **{"coordinates": "row", "direction": "rademacher", "optimizer": "sgd", "recipe": {}},
+}
+
+
+def derivative(value: float) -> DirectionalDerivative:
+    return DirectionalDerivative(0, value, value)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """A journal of a header, two steps, a fingerprint and a third step."""
+    journal = Journal.create(tmp_path / "journal.jsonl", HEADER)
+    journal.append(0, [1.5, 0.1], [derivative(70.0)], 0.5)
+    journal.append(1, [math.nan, 2.0], [derivative(math.nan)], 0.25)
+    journal.mark("f1")
+    journal.append(2, [1.0, 1 / 3], [derivative(1 / 3)], 0.125)
+    return journal.path
+
+
+def refusal(path: Path, reason: str) -> Any:
+    return pytest.raises(CheckpointError, match=f"^{re.escape(str(path))}: {re.escape(reason)}$")
+
+
+def test_a_journal_is_a_header_and_a_line_per_step(path: Path) -> None:
+    assert json_lines(path) == [
+        {"format": "qzo-journal", "version": 1, **HEADER},
+        {"step": 0, "losses": [1.5, 0.1], "derivatives": [70.0], "learning_rate": 0.5},
+        {"step": 1, "losses": [None, 2.0], "derivatives": [None], "learning_rate": 0.25},
+        {"step": 2, "fingerprint": "f1"},
+        {"step": 2, "losses": [1.0, 1 / 3], "derivatives": [1 / 3], "learning_rate": 0.125},
+    ]
+
+
+def test_records_are_read_back_exactly(path: Path) -> None:
+    assert list(Journal.open(path).records()) == [
+        Step(0, (1.5, 0.1), (70.0,), 0.5),
+        Step(1, (None, 2.0), (None,), 0.25),
+        Fingerprint(2, "f1"),
+        Step(2, (1.0, 1 / 3), (1 / 3,), 0.125),
+    ]
+
+
+def test_an_opened_journal_goes_on_where_it_ended(path: Path) -> None:
+    before = path.read_bytes()
+    journal = Journal.open(path)
+
+    assert journal.next_step == 3
+    assert journal.header["seed"] == 7
+    assert not journal.was_torn
+    journal.append(3, [1.0, 2.0], [derivative(0.0)], 0.1)
+    assert path.read_bytes().startswith(before)
+    assert Journal.open(path).next_step == 4
+
+
+def test_a_step_out_of_order_is_a_mistake_of_ours(path: Path) -> None:
+    with pytest.raises(AssertionError):
+        Journal.open(path).append(5, [1.0, 2.0], [derivative(0.0)], 0.1)
+
+
+def test_a_fingerprint_is_written_once_for_each_step(path: Path) -> None:
+    journal = Journal.open(path)
+
+    journal.mark("f3")
+    journal.mark("f3")
+    Journal.open(path).mark("f3")
+
+    assert sum("fingerprint" in line for line in json_lines(path)) == 2
+
+
+@pytest.mark.parametrize("num_bytes", [1, 5, 60])
+def test_a_torn_last_line_does_not_count(path: Path, num_bytes: int) -> None:
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-num_bytes])
+
+    journal = Journal.open(path)
+
+    assert journal.was_torn
+    assert journal.next_step == 2
+    assert len(list(journal.records())) == 3
+    assert path.read_bytes() == whole[:-num_bytes]  # reading changes nothing
+
+
+def test_the_next_line_replaces_a_torn_one(path: Path) -> None:
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-7])
+    journal = Journal.open(path)
+
+    journal.append(2, [1.0, 1 / 3], [derivative(1 / 3)], 0.125)
+
+    assert path.read_bytes() == whole
+    assert not journal.was_torn
+
+
+def damaged(path: Path, line: int, content: str) -> Path:
+    """Replace a line, counted from 1."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    lines[line - 1] = content
+    path.write_text("".join(f"{text}\n" for text in lines), encoding="utf-8")
+    return path
+
+
+STEP = {"step": 0, "losses": [1.0, 2.0], "derivatives": [1.0], "learning_rate": 0.5}
+ILL = "expected losses, derivatives and a learning_rate, got something else"
+
+
+@pytest.mark.parametrize(
+    ("line", "content", "reason"),
+    [
+        (2, '{"step":0,', "expected JSON, got Expecting property name enclosed in double quotes: "
+            "line 1 column 11 (char 10)"),
+        (2, "", "expected JSON, got Expecting value: line 1 column 1 (char 0)"),
+        (3, "[1]", "expected a JSON object"),
+        (3, json.dumps({**STEP, "step": 2}), "expected step 1, got 2"),
+        (3, json.dumps({**STEP, "step": 0}), "expected step 1, got 0"),
+        (4, '{"fingerprint":"f1"}', "expected step 2, got None"),
+        (2, json.dumps({**STEP, "derivatives": None}), ILL),
+        (2, json.dumps({**STEP, "derivatives": ["1"]}), ILL),
+        (2, json.dumps({**STEP, "derivatives": [True]}), ILL),
+        (2, json.dumps({**STEP, "derivatives": [math.inf]}), ILL),
+        (2, json.dumps({**STEP, "losses": 3}), ILL),
+        (2, json.dumps({**STEP, "learning_rate": math.nan}), ILL),
+        (2, '{"step": 0}', ILL),
+    ],
+)  # fmt: skip
+def test_other_damage_names_the_line(path: Path, line: int, content: str, reason: str) -> None:
+    damaged(path, line, content)
+
+    with refusal(path, f"line {line}: {reason}"):
+        Journal.open(path)
+
+
+def test_bytes_that_are_no_text_name_the_line(path: Path) -> None:
+    path.write_bytes(path.read_bytes().replace(b'"step":1', b'"st\xffp":1'))
+
+    with refusal(
+        path,
+        "line 3: expected JSON, got 'utf-8' codec can't decode byte 0xff in position 4: invalid "
+        "start byte",
+    ):
+        Journal.open(path)
+
+
+def test_a_missing_line_names_the_next(path: Path) -> None:
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:2] + lines[3:]))
+
+    with refusal(path, "line 3: expected step 1, got 2"):
+        Journal.open(path)
+
+
+@pytest.mark.parametrize("content", ["", '{"format": "qzo-jour'])
+def test_a_journal_without_a_whole_header_is_refused(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "journal.jsonl"
+    path.write_text(content)
+
+    with refusal(path, "line 1: expected JSON, got Expecting value: line 1 column 1 (char 0)"):
+        Journal.open(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ({"format": "other"}, "format 'other' version 1"),
+        ({"version": 2}, "format 'qzo-journal' version 2"),
+    ],
+)
+def test_another_format_or_version_is_refused(
+    path: Path, change: dict[str, Any], found: str
+) -> None:
+    header = {"format": "qzo-journal", "version": 1, **HEADER, **change}
+    damaged(path, 1, json.dumps(header))
+
+    with refusal(path, f"expected a qzo journal of version 1, got {found}"):
+        Journal.open(path)
+
+
+@pytest.mark.parametrize("key", HEADER)
+def test_a_header_without_what_a_replay_needs_is_refused(path: Path, key: str) -> None:
+    header = {"format": "qzo-journal", "version": 1, **HEADER, key: None}
+    damaged(path, 1, json.dumps(header))
+
+    kind = type(HEADER[key]).__name__
+    with refusal(path, f"line 1: expected {key} of type {kind}, got None"):
+        Journal.open(path)
+
+
+def test_a_journal_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with refusal(tmp_path / "journal.jsonl", "cannot be read: No such file or directory"):
+        Journal.open(tmp_path / "journal.jsonl")
+
+
+def test_seeds_follow_from_the_place_of_a_derivative() -> None:
+    record = Step(5, (1.0,) * 6, (0.5, None, -2.0), 0.1)
+
+    derivatives = derivatives_of(record, run_seed=9)
+
+    assert [(d.seed, d.value) for d in derivatives] == [
+        (direction_seed(9, 5, 0), 0.5),
+        (direction_seed(9, 5, 2), -2.0),
+    ]
+
+
+def test_a_line_that_cannot_be_synced_is_taken_back(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, journal = path.read_bytes(), Journal.open(path)
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(
+        WriteError,
+        match=f"^{re.escape(str(path))}: cannot be written: No space left on device; nothing was "
+        "left half-written$",
+    ):
+        journal.append(3, [1.0, 2.0], [derivative(0.0)], 0.1)
+
+    assert path.read_bytes() == before
+    assert journal.next_step == 3

@@ -1,0 +1,242 @@
+import json
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.runs import ESTIMATORS, json_lines, tiny_checkpoint, tiny_trainer
+
+import qzo
+from qzo import trainer as trainer_module
+from qzo.checkpoint import open_checkpoint
+from qzo.errors import CheckpointError
+from qzo.journal import Journal
+from qzo.replay import apply_journal
+from qzo.scales import Scales
+
+STEPS = 6
+
+
+@dataclass(frozen=True)
+class Run:
+    base: Path
+    folder: Path
+    values: torch.Tensor
+
+    @property
+    def journal(self) -> Path:
+        return self.folder / "journal.jsonl"
+
+
+@pytest.fixture(scope="module", params=sorted(ESTIMATORS))
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A finished run with a fingerprint every two steps; tests copy it before they change it."""
+    folder = tmp_path_factory.mktemp("replay")
+    base = tiny_checkpoint(folder / "base")
+    zo = ESTIMATORS[request.param]
+    trainer = tiny_trainer(base, folder / "run", max_steps=STEPS, zo=zo)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer_module, "FINGERPRINT_STEPS", 2)
+        trainer.train()
+    return Run(base, folder / "run", trainer.scales.values.clone())
+
+
+@pytest.fixture
+def run(trained: Run, tmp_path: Path) -> Run:
+    """A copy of the run, on a base of its own."""
+    base = Path(shutil.copytree(trained.base, tmp_path / "base"))
+    folder = Path(shutil.copytree(trained.folder, tmp_path / "run"))
+    change_line(folder / "journal.jsonl", 0, base=str(base))
+    change_json(folder / "adapter_config.json", base_model_name_or_path=str(base))
+    return Run(base, folder, trained.values)
+
+
+def change_json(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def change_line(path: Path, number: int, **values: Any) -> None:
+    lines = json_lines(path)
+    lines[number] |= values
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def change_tensor(path: Path, role: str) -> str:
+    """Change the last element of the first tensor of a role, and return its key."""
+    tensors = load_file(path)
+    key = next(key for key in sorted(tensors) if key.endswith(role))
+    tensors[key].view(-1)[-1] += 1
+    save_file(tensors, path, {"format": "pt"})
+    return key
+
+
+def refusal(message: str) -> Any:
+    return pytest.raises(CheckpointError, match=f"^{message}$")
+
+
+def rebuilt(run: Run, *, to_step: int | None = None) -> torch.Tensor:
+    journal = Journal.open(run.journal)
+    scales = Scales.of_checkpoint(
+        open_checkpoint(run.base),
+        journal.header["layers"],
+        coordinates=journal.header["coordinates"],
+        direction=journal.header["direction"],
+    )
+    apply_journal(journal, scales, to_step=to_step)
+    return scales.values
+
+
+def test_all_coordinates_are_under_test() -> None:
+    assert len(ESTIMATORS) == 3
+
+
+def test_the_journal_gives_bitwise_the_trained_scales(run: Run) -> None:
+    assert torch.equal(rebuilt(run), run.values)
+    assert not torch.equal(rebuilt(run, to_step=STEPS - 1), run.values)
+
+
+def test_a_replay_agrees_with_the_adapter_and_all_fingerprints(run: Run) -> None:
+    result = qzo.replay(run.folder)
+
+    assert (result.steps, result.num_fingerprints, result.adapter) == (STEPS, 3, "equal")
+    assert result.fingerprint == json_lines(run.journal)[-1]["fingerprint"]
+
+
+def test_a_bare_journal_is_an_adapter(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "bare").mkdir()
+    shutil.copy(run.journal, tmp_path / "bare")
+
+    assert qzo.replay(tmp_path / "bare").adapter == "written"
+
+    written = (tmp_path / "bare" / "adapter_model.safetensors").read_bytes()
+    assert written == (run.folder / "adapter_model.safetensors").read_bytes()
+    assert qzo.replay(tmp_path / "bare").adapter == "equal"
+
+
+def test_a_replay_writes_an_earlier_step_into_a_folder_of_its_own(run: Run, tmp_path: Path) -> None:
+    before = (run.folder / "adapter_model.safetensors").read_bytes()
+
+    result = qzo.replay(run.folder, to_step=3, out=tmp_path / "out")
+
+    assert (result.steps, result.adapter) == (3, "written")
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["step"] == 3
+    assert (run.folder / "adapter_model.safetensors").read_bytes() == before
+    assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() != before
+
+
+def test_a_replay_never_overwrites_the_adapter_of_the_run(run: Run) -> None:
+    before = (run.folder / "adapter_model.safetensors").read_bytes()
+
+    with refusal(
+        f"{run.folder}: expected the adapter of step 3, found that of step 6; name a folder for "
+        "the other one with --out"
+    ):
+        qzo.replay(run.folder, to_step=3)
+
+    assert (run.folder / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_a_replay_needs_as_many_steps_as_it_is_asked_for(run: Run, tmp_path: Path) -> None:
+    with refusal(f"{run.journal}: expected 9 steps, found 6"):
+        qzo.replay(run.folder, to_step=9, out=tmp_path / "out")
+
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_replay_ignores_a_torn_last_line(run: Run, tmp_path: Path) -> None:
+    with run.journal.open("a") as file:
+        file.write('{"step":6,"losses":[1.0')
+    before = run.journal.read_bytes()
+
+    assert qzo.replay(run.folder).adapter == "equal"
+    assert run.journal.read_bytes() == before
+
+
+def test_a_replay_of_a_run_with_a_loss_that_was_not_finite_is_bitwise_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tiny_checkpoint(tmp_path / "base")
+    trainer = tiny_trainer(base, tmp_path / "run", zo={"normalize": False})
+    measure = trainer.objective.losses
+    steps = iter(range(STEPS))
+
+    def losses(probes: Any, batch: Any) -> list[float]:
+        values: list[float] = measure(probes, batch)
+        if next(steps) == 2:
+            values[0] = float("nan")  # the first of three directions: the others keep their seeds
+        return values
+
+    monkeypatch.setattr(trainer.objective, "losses", losses)
+    result = trainer.train()
+
+    line = json_lines(tmp_path / "run" / "journal.jsonl")[3]
+    assert [d is None for d in line["derivatives"]] == [True, False, False]
+    assert result.skipped_steps == 0
+    assert qzo.replay(tmp_path / "run").adapter == "equal"
+    run = Run(base, tmp_path / "run", trainer.scales.values)
+    assert torch.equal(rebuilt(run), run.values)
+
+
+@pytest.mark.parametrize(
+    ("role", "digest"),
+    [("qweight", "codes_sha256"), ("qzeros", "codes_sha256"), (".scales", "scales_sha256")],
+)
+def test_a_changed_base_is_noticed(run: Run, role: str, digest: str) -> None:
+    change_tensor(run.base / "model.safetensors", role)
+
+    with refusal(
+        f"{run.base}: {digest} is not that of the journal; the base was changed since the run, or "
+        "is another one"
+    ):
+        qzo.replay(run.folder)
+
+
+def test_other_numbers_need_another_generator(run: Run) -> None:
+    change_line(run.journal, 0, generator="philox4x32-10/v2")
+
+    with refusal(r"journal: expected generator 'philox4x32-10/v1', got 'philox4x32-10/v2'"):
+        qzo.replay(run.folder)
+
+
+@pytest.mark.parametrize("key", ["derivatives", "learning_rate"])
+def test_a_changed_step_is_noticed(run: Run, key: str) -> None:
+    value = json_lines(run.journal)[2][key]
+    change_line(
+        run.journal, 2, **{key: [v + 0.5 for v in value] if isinstance(value, list) else 2 * value}
+    )
+
+    with refusal(
+        r"step 2: expected scales with sha256 [0-9a-f]{12}\.\.\., got [0-9a-f]{12}\.\.\.; the "
+        r"journal or the base was changed"
+    ):
+        qzo.replay(run.folder)
+
+
+def test_a_changed_seed_is_noticed(run: Run) -> None:
+    change_line(run.journal, 0, seed=1)
+
+    with refusal(
+        r"step 2: expected scales with sha256 .{15}, got .{15}; the journal or the base was changed"
+    ):
+        qzo.replay(run.folder)
+
+
+def test_a_changed_adapter_is_noticed(run: Run) -> None:
+    key = change_tensor(run.folder / "adapter_model.safetensors", "scales")
+
+    with refusal(f"{re.escape(key)}: the adapter differs from the journal's scales"):
+        qzo.replay(run.folder)
+
+
+@pytest.mark.parametrize("key", ["base_model_name_or_path", "codes_sha256", "coordinates", "step"])
+def test_an_adapter_config_without_what_is_read_is_refused(run: Run, key: str) -> None:
+    change_json(run.folder / "adapter_config.json", **{key: None})
+
+    kind = "int" if key == "step" else "str"
+    with refusal(f"{run.folder / 'adapter_config.json'}: expected {key} of type {kind}, got None"):
+        qzo.replay(run.folder)

@@ -1,0 +1,696 @@
+import json
+import math
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.runs import (
+    COMPLETIONS,
+    ESTIMATORS,
+    RECORDS,
+    json_lines,
+    tiny_checkpoint,
+    tiny_trainer,
+)
+from transformers import TrainerCallback
+
+import qzo
+from qzo import trainer as trainer_module
+from qzo.errors import CheckpointError, ConfigError, QZOError
+from qzo.trainer import Result, Trainer
+
+EVALUATION = RECORDS[:4]
+STEPS = 8
+
+
+class StopError(Exception):
+    """Stands for whatever ends a process."""
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("trainer") / "base")
+
+
+@pytest.fixture(autouse=True)
+def fingerprints() -> Iterator[None]:
+    """Write a fingerprint every three steps, so that short runs have some."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer_module, "FINGERPRINT_STEPS", 3)
+        yield
+
+
+@pytest.fixture(params=sorted(ESTIMATORS))
+def zo(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return ESTIMATORS[request.param]
+
+
+def saved(folder: Path) -> dict[str, bytes]:
+    """Return what a run leaves behind and what must not depend on how often it was stopped."""
+    names = ["journal.jsonl", "adapter_model.safetensors", "adapter_config.json", "reference.json"]
+    return {name: (folder / name).read_bytes() for name in names}
+
+
+def journal_steps(folder: Path) -> list[dict[str, Any]]:
+    return [line for line in json_lines(folder / "journal.jsonl") if "derivatives" in line]
+
+
+def logged(folder: Path) -> list[dict[str, Any]]:
+    """Return the metrics without times, which differ between runs."""
+    lines = json_lines(folder / "metrics.jsonl")
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+
+
+def after_calls(function: Callable[..., Any], count: int) -> Callable[..., Any]:
+    """Return the function, with an exception in the place of call number ``count``."""
+    calls = iter(range(10**6))
+
+    def run(*arguments: Any, **named: Any) -> Any:
+        if next(calls) == count:
+            raise StopError
+        return function(*arguments, **named)
+
+    return run
+
+
+def with_bad_losses(trainer: Trainer, bad: Callable[[int, int], float | None]) -> None:
+    """Let ``bad(step, place)`` replace a loss, where it is not None."""
+    measure, steps = trainer.objective.losses, iter(range(10**6))
+
+    def losses(probes: Any, batch: Any) -> list[float]:
+        step, values = next(steps), measure(probes, batch)
+        replaced = [bad(step, place) for place in range(len(values))]
+        return [v if r is None else r for v, r in zip(values, replaced, strict=True)]
+
+    trainer.objective.losses = losses  # type: ignore[method-assign]  # a fault is injected
+
+
+# --- a run ----------------------------------------------------------------------------------
+
+
+def test_a_run_folder_holds_what_the_design_names(base: Path, tmp_path: Path) -> None:
+    tiny_trainer(base, tmp_path / "run", evaluation=EVALUATION, save_steps=4).train()
+
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        *("adapter_config.json", "adapter_model.safetensors", "best", "checkpoint-4"),
+        *("checkpoint-6", "journal.jsonl", "metrics.jsonl", "recipe.yaml", "reference.json"),
+    ]
+
+
+def test_the_journal_header_names_what_a_replay_needs(base: Path, tmp_path: Path) -> None:
+    trainer = tiny_trainer(base, tmp_path / "run", seed=5)
+    trainer.train()
+
+    header = json_lines(tmp_path / "run" / "journal.jsonl")[0]
+
+    assert header["base"] == str(base)
+    assert header["layers"] == sorted(header["layers"])
+    assert (header["num_values"], header["seed"]) == (len(trainer.scales), 5)
+    assert (header["coordinates"], header["direction"]) == ("row", "rademacher")
+    assert header["generator"] == "philox4x32-10/v1"
+    assert header["recipe"]["max_steps"] == 6
+
+
+def test_the_adapter_holds_the_trained_scales_in_the_dtype_of_the_file(
+    base: Path, tmp_path: Path, zo: dict[str, Any]
+) -> None:
+    trainer = tiny_trainer(base, tmp_path / "run", zo=zo)
+    trainer.train()
+
+    adapter = load_file(tmp_path / "run" / "adapter_model.safetensors")
+
+    stored = load_file(base / "model.safetensors")
+    assert set(adapter) == {key for key in stored if key.endswith(".scales")}
+    assert len(adapter) == 7
+    for index, name in enumerate(trainer.scales.names):
+        tensor = adapter[f"{name}.scales"]
+        assert tensor.dtype == torch.float16
+        assert torch.equal(tensor, trainer.scales.tuned(index).T.half())
+        assert not torch.equal(tensor, stored[f"{name}.scales"])
+
+
+def test_training_is_reproducible(base: Path, tmp_path: Path, zo: dict[str, Any]) -> None:
+    for name in ("a", "b"):
+        tiny_trainer(base, tmp_path / name, evaluation=EVALUATION, zo=zo).train()
+
+    first = json_lines(tmp_path / "a" / "journal.jsonl")
+    second = json_lines(tmp_path / "b" / "journal.jsonl")
+    assert first[1:] == second[1:]
+    adapters = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in "ab"]
+    assert adapters[0] == adapters[1]
+
+
+def test_training_lowers_the_loss(base: Path, tmp_path: Path) -> None:
+    trainer = tiny_trainer(
+        base,
+        tmp_path / "run",
+        evaluation=RECORDS,
+        max_steps=80,
+        per_device_train_batch_size=8,
+        learning_rate=0.02,
+    )
+
+    result = trainer.train()
+
+    assert result.before is not None
+    assert result.after is not None
+    assert result.after.loss < result.before.loss - 0.05
+
+
+def test_training_leaves_the_global_generator_alone(base: Path, tmp_path: Path) -> None:
+    before = torch.random.get_rng_state()
+
+    tiny_trainer(base, tmp_path / "run").train()
+
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+# --- resume ---------------------------------------------------------------------------------
+
+
+def resumed_run(
+    base: Path, folder: Path, *, stop: Callable[[Trainer], None], **keys: Any
+) -> Result:
+    """Train until something stops it, then continue with a new model and trainer."""
+    keys = {"max_steps": STEPS, "logging_steps": 2, "eval_steps": 2, **keys}
+    first = tiny_trainer(base, folder, evaluation=EVALUATION, resume_from_checkpoint=True, **keys)
+    stop(first)
+    with pytest.raises(StopError):
+        first.train()
+    again = tiny_trainer(base, folder, evaluation=EVALUATION, resume_from_checkpoint=True, **keys)
+    return again.train()
+
+
+def straight_run(base: Path, folder: Path, **keys: Any) -> Result:
+    keys = {"max_steps": STEPS, "logging_steps": 2, "eval_steps": 2, **keys}
+    return tiny_trainer(
+        base, folder, evaluation=EVALUATION, resume_from_checkpoint=True, **keys
+    ).train()
+
+
+def stop_in(place: str, count: int) -> Callable[[Trainer], None]:
+    """Return what makes a trainer stop in call number ``count`` of one of its parts."""
+
+    def stop(trainer: Trainer) -> None:
+        owner: Any = trainer
+        *parents, name = place.split(".")
+        for parent in parents:
+            owner = getattr(owner, parent)
+        setattr(owner, name, after_calls(getattr(owner, name), count))
+
+    return stop
+
+
+@pytest.mark.parametrize("save_steps", [3, 500], ids=["snapshots", "journal only"])
+@pytest.mark.parametrize(
+    ("place", "count"),
+    [
+        ("objective.losses", 0),  # in the first forward
+        ("objective.losses", 5),
+        ("optimizer.step", 3),  # in the journal, but not in the scales
+        ("scales.fingerprint", 1),  # before a fingerprint
+        ("_after_step", 3),  # before a line of metrics
+        ("evaluate", 2),  # before an evaluation
+        ("_snapshot", 1),  # before a snapshot
+        ("_finish", 0),  # before the adapter
+    ],
+)
+def test_a_run_that_was_stopped_anywhere_ends_like_one_that_was_not(
+    base: Path,
+    tmp_path: Path,
+    zo: dict[str, Any],
+    place: str,
+    count: int,
+    save_steps: int,
+) -> None:
+    keys: dict[str, Any] = {"zo": zo, "save_steps": save_steps}
+    stop = stop_in(place, count)
+
+    # the same folder, so that the recipe in the header is the same
+    want_result = straight_run(base, tmp_path / "run", **keys)
+    want, want_metrics = saved(tmp_path / "run"), logged(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run")
+    result = resumed_run(base, tmp_path / "run", stop=stop, **keys)
+
+    assert saved(tmp_path / "run") == want
+    assert logged(tmp_path / "run") == want_metrics
+    assert (result.best_step, result.steps) == (want_result.best_step, want_result.steps)
+
+
+def test_a_trainer_that_was_interrupted_can_train_on(
+    base: Path, tmp_path: Path, zo: dict[str, Any]
+) -> None:
+    straight_run(base, tmp_path / "run", zo=zo)
+    want = saved(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run")
+    trainer = tiny_trainer(
+        base,
+        tmp_path / "run",
+        evaluation=EVALUATION,
+        resume_from_checkpoint=True,
+        max_steps=STEPS,
+        logging_steps=2,
+        eval_steps=2,
+        zo=zo,
+    )
+    losses = trainer.objective.losses
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer.objective, "losses", after_calls(losses, 5))
+        with pytest.raises(StopError):
+            trainer.train()
+
+    trainer.train()
+
+    assert saved(tmp_path / "run") == want
+
+
+def test_a_finished_run_can_be_continued(base: Path, tmp_path: Path) -> None:
+    keys: dict[str, Any] = {"lr_scheduler_type": "constant", "resume_from_checkpoint": True}
+    tiny_trainer(base, tmp_path / "run", max_steps=4, **keys).train()
+    first = journal_steps(tmp_path / "run")
+
+    result = tiny_trainer(base, tmp_path / "run", max_steps=7, **keys).train()
+
+    tiny_trainer(base, tmp_path / "straight", max_steps=7, **keys).train()
+    assert result.steps == 7
+    assert journal_steps(tmp_path / "run")[:4] == first
+    assert journal_steps(tmp_path / "run") == journal_steps(tmp_path / "straight")
+    assert [line["step"] for line in logged(tmp_path / "run")] == [2, 4, 6, 7, 7]
+
+
+def test_finishing_a_finished_run_changes_nothing(base: Path, tmp_path: Path) -> None:
+    straight_run(base, tmp_path / "run")
+    want, metrics = saved(tmp_path / "run"), logged(tmp_path / "run")
+
+    straight_run(base, tmp_path / "run")
+
+    assert saved(tmp_path / "run") == want
+    assert logged(tmp_path / "run") == metrics
+
+
+def test_a_decaying_learning_rate_does_not_allow_another_length(base: Path, tmp_path: Path) -> None:
+    tiny_trainer(base, tmp_path / "run", max_steps=4).train()
+    longer = tiny_trainer(base, tmp_path / "run", max_steps=7, resume_from_checkpoint=True)
+
+    with pytest.raises(
+        ConfigError,
+        match=r"^max_steps: expected 4 as in the run that is to be continued, got 7$",
+    ):
+        longer.train()
+
+
+@pytest.mark.parametrize(
+    ("key", "old", "new"),
+    [
+        ("seed", 0, 1),
+        ("data_seed", 0, 1),
+        ("learning_rate", 0.01, 0.1),
+        ("per_device_train_batch_size", 3, 4),
+    ],
+)
+def test_what_would_change_the_numbers_cannot_change_in_a_run(
+    base: Path, tmp_path: Path, key: str, old: Any, new: Any
+) -> None:
+    tiny_trainer(base, tmp_path / "run", **{key: old}).train()
+    other = tiny_trainer(base, tmp_path / "run", resume_from_checkpoint=True, **{key: new})
+
+    with pytest.raises(
+        ConfigError,
+        match=f"^{key}: expected {old} as in the run that is to be continued, got {new}$",
+    ):
+        other.train()
+
+
+def test_another_base_cannot_continue_a_run(base: Path, tmp_path: Path) -> None:
+    tiny_trainer(base, tmp_path / "run").train()
+    other = tiny_checkpoint(tmp_path / "other")
+    tensors = (other / "model.safetensors").read_bytes()
+    (other / "model.safetensors").write_bytes(tensors[:-1] + bytes([tensors[-1] ^ 1]))
+
+    with pytest.raises(
+        CheckpointError,
+        match=f"^{re.escape(str(tmp_path / 'run' / 'journal.jsonl'))}: (codes|scales)_sha256 differs "
+        r"from the run that is to be continued; was the base changed\?$",
+    ):
+        tiny_trainer(other, tmp_path / "run", resume_from_checkpoint=True).train()
+
+
+def test_a_folder_that_is_not_empty_is_refused(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+
+    with pytest.raises(
+        CheckpointError,
+        match=f"^{re.escape(str(tmp_path / 'run'))}: expected a new or empty folder; choose another "
+        "output_dir, or set resume_from_checkpoint: true$",
+    ):
+        tiny_trainer(base, tmp_path / "run").train()
+
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes.txt"]
+
+
+def test_a_damaged_snapshot_is_noticed(base: Path, tmp_path: Path) -> None:
+    tiny_trainer(base, tmp_path / "run").train()
+    file = tmp_path / "run" / "checkpoint-6" / "scales.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-2] ^= 1
+    file.write_bytes(bytes(data))
+
+    with pytest.raises(
+        CheckpointError,
+        match=r"^step 6: expected scales with sha256 .{15}, got .{15}; the journal or the base was "
+        "changed$",
+    ):
+        tiny_trainer(base, tmp_path / "run", resume_from_checkpoint=True).train()
+
+
+def test_damaged_metrics_name_the_line(base: Path, tmp_path: Path) -> None:
+    tiny_trainer(base, tmp_path / "run").train()
+    path = tmp_path / "run" / "metrics.jsonl"
+    path.write_text("\0\0\0\n" + path.read_text())
+
+    with pytest.raises(
+        CheckpointError,
+        match=f"^{re.escape(str(path))}: line 1: expected a JSON object with a step, got something "
+        "else; remove the file to go on without earlier metrics$",
+    ):
+        tiny_trainer(base, tmp_path / "run", resume_from_checkpoint=True).train()
+
+
+# --- losses that are not finite -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_step_without_a_finite_loss_moves_nothing_and_is_counted(
+    base: Path, tmp_path: Path, zo: dict[str, Any], bad: float
+) -> None:
+    trainer = tiny_trainer(base, tmp_path / "run", max_steps=4, zo=zo)
+    with_bad_losses(trainer, lambda step, _: bad if step in (1, 3) else None)
+    moved: list[torch.Tensor] = []
+    step = trainer.optimizer.step
+    trainer.optimizer.step = lambda *given: (  # type: ignore[method-assign]  # watched
+        step(*given),
+        moved.append(trainer.scales.values.clone()),
+    )[0]
+
+    result = trainer.train()
+
+    assert result.skipped_steps == 2
+    assert torch.equal(moved[0], moved[1])
+    assert not torch.equal(moved[1], moved[2])
+    assert torch.equal(moved[2], moved[3])
+    assert all(torch.isfinite(values).all() for values in moved)
+    lines = journal_steps(tmp_path / "run")
+    assert [line["losses"][0] is None for line in lines] == [False, True, False, True]
+    assert [line["derivatives"][0] is None for line in lines] == [False, True, False, True]
+    assert qzo.replay(tmp_path / "run").adapter == "equal"
+
+
+def test_one_bad_loss_leaves_out_one_direction(base: Path, tmp_path: Path) -> None:
+    trainer = tiny_trainer(base, tmp_path / "run", max_steps=1)
+    with_bad_losses(trainer, lambda _, place: math.nan if place == 4 else None)
+
+    result = trainer.train()
+
+    (line,) = journal_steps(tmp_path / "run")
+    assert [d is None for d in line["derivatives"]] == [False, True, False]
+    assert [loss is None for loss in line["losses"]] == [False] * 4 + [True, False]
+    assert result.skipped_steps == 0
+
+
+def test_training_stops_after_too_many_skipped_steps_in_a_row(base: Path, tmp_path: Path) -> None:
+    trainer = tiny_trainer(base, tmp_path / "run", max_steps=20, zo={"max_skipped_steps": 3})
+    with_bad_losses(trainer, lambda step, _: None if step in (0, 3) else math.nan)
+
+    with pytest.raises(
+        QZOError,
+        match=r"^loss: expected finite values, got none in 3 steps in a row up to step 6; lower "
+        r"learning_rate or zo\.epsilon\. The journal and the scales are intact$",
+    ):
+        trainer.train()
+
+    assert len(journal_steps(tmp_path / "run")) == 7
+    assert torch.isfinite(trainer.scales.values).all()
+
+
+def test_averages_leave_out_what_is_not_finite(base: Path, tmp_path: Path) -> None:
+    trainer = tiny_trainer(base, tmp_path / "run", max_steps=2, logging_steps=1)
+    with_bad_losses(trainer, lambda step, _: math.nan if step == 1 else None)
+
+    trainer.train()
+
+    first, second = logged(tmp_path / "run")[:2]
+    assert math.isfinite(first["loss"])
+    assert (second["loss"], second["derivative"], second["clip_rate"]) == (None, None, None)
+
+
+# --- metrics, best scales and warnings --------------------------------------------------------
+
+
+@pytest.mark.parametrize(("logging_steps", "steps"), [(1, [1, 2, 3, 4, 5]), (2, [2, 4, 5])])
+def test_metrics_have_a_line_every_few_steps_and_one_at_the_end(
+    base: Path, tmp_path: Path, logging_steps: int, steps: list[int]
+) -> None:
+    tiny_trainer(base, tmp_path / "run", max_steps=5, logging_steps=logging_steps).train()
+
+    *lines, last = logged(tmp_path / "run")
+
+    assert [line["step"] for line in lines] == steps
+    assert last == {"step": 5, "best_step": 5, "changed_fraction": last["changed_fraction"]}
+
+
+def test_metrics_are_averages_over_the_steps_since_the_last_line(
+    base: Path, tmp_path: Path
+) -> None:
+    zo = {**ESTIMATORS["absolute"], "max_loss_difference": 0.002}
+    tiny_trainer(base, tmp_path / "run", max_steps=6, logging_steps=3, zo=zo).train()
+
+    line = logged(tmp_path / "run")[1]
+
+    steps = journal_steps(tmp_path / "run")[3:6]
+    losses = [loss for step in steps for loss in step["losses"]]
+    slopes = [abs(s["losses"][0] - s["losses"][1]) / 2e-3 for s in steps]
+    assert line["loss"] == pytest.approx(sum(losses) / 6)
+    assert line["derivative"] == pytest.approx(sum(slopes) / 3)
+    assert line["clip_rate"] == sum(slope > 1.0 for slope in slopes) / 3
+    assert line["learning_rate"] == steps[-1]["learning_rate"]
+
+
+def test_the_best_scales_are_kept(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = tiny_trainer(base, tmp_path / "run", evaluation=EVALUATION, eval_steps=2)
+    evaluate, losses = trainer_module.evaluate, iter([3.0, 2.0, 1.0, 2.5, 1.0, 1.0])
+    seen: list[str] = []
+
+    def evaluated(*arguments: Any, **named: Any) -> Any:
+        from dataclasses import replace
+
+        seen.append(trainer.scales.fingerprint())
+        return replace(evaluate(*arguments, **named), loss=next(losses))
+
+    monkeypatch.setattr(trainer_module, "evaluate", evaluated)
+
+    result = trainer.train()
+
+    assert (result.steps, result.best_step) == (6, 4)  # losses 3, 2, 1 and 2.5 at 0, 2, 4 and 6
+    assert trainer.scales.fingerprint() == seen[2]
+    assert result.after is not None
+    assert result.after.loss == 1.0
+    assert json.loads((tmp_path / "run" / "adapter_config.json").read_text())["step"] == 4
+    assert qzo.replay(tmp_path / "run").steps == 4
+
+
+def test_the_last_scales_are_kept_where_the_recipe_says_so(base: Path, tmp_path: Path) -> None:
+    result = tiny_trainer(
+        base,
+        tmp_path / "run",
+        evaluation=EVALUATION,
+        load_best_model_at_end=False,
+        learning_rate=3.0,  # makes it worse
+    ).train()
+
+    assert result.before is not None
+    assert result.after is not None
+    assert result.after.loss > result.before.loss
+    assert result.best_step == 6
+
+
+def test_only_the_newest_snapshots_are_kept(base: Path, tmp_path: Path) -> None:
+    tiny_trainer(base, tmp_path / "run", max_steps=9, save_steps=2, save_total_limit=2).train()
+
+    names = sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*"))
+    assert names == ["checkpoint-6", "checkpoint-8", "checkpoint-9"]
+
+
+def test_updates_that_the_file_cannot_hold_are_warned_about(base: Path, tmp_path: Path) -> None:
+    zo = {**ESTIMATORS["absolute"], "max_loss_difference": None}
+    result = tiny_trainer(base, tmp_path / "run", learning_rate=1e-9, zo=zo).train()
+
+    share = f"{result.changed_fraction:.1%}"
+    assert result.changed_fraction < 0.5
+    assert result.warnings == (
+        f"only {share} of the scales differ from the base once rounded to float16, the dtype of "
+        "the file: the other updates are too small to survive the export; raise learning_rate, or "
+        "train longer",
+    )
+    assert logged(tmp_path / "run")[-1]["changed_fraction"] == result.changed_fraction
+
+
+def test_updates_that_the_file_can_hold_are_not_warned_about(base: Path, tmp_path: Path) -> None:
+    result = tiny_trainer(base, tmp_path / "run").train()
+
+    assert result.changed_fraction > 0.9
+    assert result.warnings == ()
+
+
+def test_the_changed_fraction_is_that_of_the_adapter(base: Path, tmp_path: Path) -> None:
+    zo = {**ESTIMATORS["absolute"], "max_loss_difference": None}
+    result = tiny_trainer(base, tmp_path / "run", learning_rate=3e-6, zo=zo).train()
+
+    stored, adapter = (
+        load_file(base / "model.safetensors"),
+        load_file(tmp_path / "run" / "adapter_model.safetensors"),
+    )
+    changed = sum(int((tensor != stored[key]).sum()) for key, tensor in adapter.items())
+    total = sum(tensor.numel() for tensor in adapter.values())
+    assert 0 < changed < total
+    assert result.changed_fraction == pytest.approx(changed / total)
+
+
+def test_a_base_that_stays_the_best_is_warned_about(base: Path, tmp_path: Path) -> None:
+    result = tiny_trainer(base, tmp_path / "run", evaluation=EVALUATION, learning_rate=3.0).train()
+
+    assert result.best_step == 0
+    assert result.changed_fraction == 0
+    assert result.warnings == (
+        "no evaluation had a smaller loss than the base's, so the base's scales were kept; train "
+        "longer, or change learning_rate",
+    )
+
+
+# --- callbacks --------------------------------------------------------------------------------
+
+
+class Recorder(TrainerCallback):
+    """Notes events and their steps; asks for a stop after ``last`` steps."""
+
+    def __init__(self, last: int | None = None) -> None:
+        self.events: list[tuple[str, int]] = []
+        self.logs: list[dict[str, Any]] = []
+        self._last = last
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.events.append(("train_begin", state.global_step))
+        assert state.max_steps == args.max_steps
+        assert kwargs["model"] is not None
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.events.append(("step_begin", state.global_step))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.events.append(("step_end", state.global_step))
+        if state.global_step == self._last:
+            control.should_training_stop = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        self.events.append(("log", state.global_step))
+        self.logs.append(logs)
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any
+    ) -> None:
+        self.events.append(("evaluate", state.global_step))
+        assert "eval_loss" in metrics
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.events.append(("save", state.global_step))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.events.append(("train_end", state.global_step))
+
+
+def test_callbacks_hear_what_happens_in_order(base: Path, tmp_path: Path) -> None:
+    recorder = Recorder()
+    tiny_trainer(
+        base,
+        tmp_path / "run",
+        evaluation=EVALUATION,
+        callbacks=[recorder],
+        max_steps=2,
+        logging_steps=1,
+        eval_steps=1,
+        save_steps=1,
+    ).train()
+
+    assert recorder.events == [
+        *[("train_begin", 0), ("evaluate", 0)],
+        *[("step_begin", 0), ("step_end", 1), ("log", 1), ("evaluate", 1), ("save", 1)],
+        *[("step_begin", 1), ("step_end", 2), ("log", 2), ("evaluate", 2), ("train_end", 2)],
+    ]
+    assert {"loss", "derivative", "clip_rate", "learning_rate"} <= set(recorder.logs[0])
+
+
+def test_a_callback_can_stop_the_run(base: Path, tmp_path: Path) -> None:
+    result = tiny_trainer(base, tmp_path / "run", callbacks=[Recorder(last=2)]).train()
+
+    assert result.steps == 2
+    assert len(journal_steps(tmp_path / "run")) == 2
+    assert qzo.replay(tmp_path / "run").steps == 2
+
+
+def test_a_run_that_a_callback_stopped_can_be_continued(base: Path, tmp_path: Path) -> None:
+    tiny_trainer(base, tmp_path / "run", callbacks=[Recorder(last=3)]).train()
+    tiny_trainer(base, tmp_path / "run", resume_from_checkpoint=True).train()
+
+    tiny_trainer(base, tmp_path / "straight").train()
+    assert journal_steps(tmp_path / "run") == journal_steps(tmp_path / "straight")
+
+
+def test_an_unknown_integration_is_refused(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^report_to: nowhere is not supported, only .*\.$"):
+        tiny_trainer(base, tmp_path / "run", report_to="nowhere")
+
+
+# --- data and evaluation ----------------------------------------------------------------------
+
+
+def test_completions_are_trained_too(base: Path, tmp_path: Path) -> None:
+    result = tiny_trainer(
+        base, tmp_path / "run", train=COMPLETIONS, evaluation=COMPLETIONS[:3]
+    ).train()
+
+    assert result.after is not None
+    assert result.after.accuracy is None
+
+
+def test_gradient_accumulation_gives_every_example_its_own_direction(
+    base: Path, tmp_path: Path
+) -> None:
+    tiny_trainer(base, tmp_path / "run", max_steps=1, gradient_accumulation_steps=2).train()
+
+    (line,) = journal_steps(tmp_path / "run")
+    assert (len(line["derivatives"]), len(line["losses"])) == (6, 12)
+
+
+def test_evaluation_without_data_is_refused(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"^eval_dataset: expected evaluation examples, got none$"
+    ):
+        tiny_trainer(base, tmp_path / "run").evaluate()
+
+
+def test_the_numbers_of_a_result_are_plain(base: Path, tmp_path: Path) -> None:
+    result = tiny_trainer(base, tmp_path / "run", evaluation=EVALUATION).train()
+
+    values = json.loads(json.dumps(result.to_dict()))
+
+    assert values["steps"] == 6
+    assert values["before"]["num_examples"] == 4
+    assert "example_losses" not in values["after"]
+    assert values["warnings"] == list(result.warnings)
