@@ -119,11 +119,11 @@ def save_adapter(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[st
 
 
 def apply_adapter(model: nn.Module, checkpoint: Checkpoint, adapter: Adapter) -> None:
-    """Give a loaded model the scales of an adapter."""
+    """Let a model compute with the scales of an adapter; training still starts from its base."""
     check_base(checkpoint, adapter.config)
     for layer in quant_linears(model):
-        device = layer.quantized.scales.device
-        layer.quantized = tuned_weight(checkpoint, adapter, layer.name).to(device)
+        tuned = tuned_weight(checkpoint, adapter, layer.name).scales
+        layer.tuned = tuned.to(layer.quantized.scales.device)
 
 
 def tuned_weight(checkpoint: Checkpoint, adapter: Adapter, layer: str) -> QuantizedWeight:

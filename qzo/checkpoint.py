@@ -4,12 +4,12 @@ Reading a tensor gives a view of the file's pages; nothing is copied until someb
 it. Writing streams tensors one after the other, so memory stays at one tensor.
 
 File format: 8 bytes header length, little endian; a JSON header ``{name: {dtype, shape,
-data_offsets}}``; the bytes. Source: safetensors documentation, "Format".
+data_offsets}}``; the bytes. Wider dtypes go first, so that every tensor lies at a multiple of its
+element size in the mapped pages. Source: safetensors documentation, "Format".
 """
 
 import json
 import re
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -33,6 +33,8 @@ _DTYPE_NAMES = {
     torch.float32: "F32",
     torch.float16: "F16",
     torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
     torch.int64: "I64",
     torch.int32: "I32",
     torch.int16: "I16",
@@ -59,7 +61,7 @@ class TensorFiles:
         self._open: dict[str, Any] = {}
         self.files: dict[str, str] = {}
         for name in shard_names(folder) if names is None else names:
-            for key in self._file(name).keys():  # noqa: SIM118 (no mapping)
+            for key in self._file(name).offset_keys():
                 if key in self.files:
                     raise CheckpointError(
                         f"{key}: expected in one file, found in {self.files[key]} and {name}"
@@ -273,7 +275,7 @@ def write_safetensors(
     path: Path, entries: Iterable[tuple[str, Tensor]], metadata: Mapping[str, str] | None = None
 ) -> None:
     """Write tensors into one file; memory-mapped ones pass through one at a time."""
-    entries = list(entries)
+    entries = sorted(entries, key=lambda entry: -entry[1].element_size())
     header: dict[str, Any] = {"__metadata__": dict(metadata or {"format": "pt"})}
     offset = 0
     for name, tensor in entries:
@@ -342,10 +344,7 @@ class CheckpointWriter:
         count = len(self._shards)
         names = [SINGLE_NAME] if count == 1 else [_shard_name(i, count) for i in range(count)]
         for i, name in enumerate(names):
-            with (self._folder / name).open("wb") as file:
-                file.write(_header_bytes({"__metadata__": self._metadata, **self._shards[i]}))
-                with self._data_path(i).open("rb") as data:
-                    shutil.copyfileobj(data, file, 16 * 2**20)
+            self._write_shard(i, self._folder / name)
             self._data_path(i).unlink()
         if count > 1:
             weight_map = {key: names[i] for i, shard in enumerate(self._shards) for key in shard}
@@ -353,6 +352,24 @@ class CheckpointWriter:
                 self._folder / INDEX_NAME,
                 {"metadata": {"total_size": sum(self._sizes)}, "weight_map": weight_map},
             )
+
+    def _write_shard(self, shard: int, path: Path) -> None:
+        """Write one shard, wider dtypes first."""
+        added = self._shards[shard]
+        widths = {_DTYPE_NAMES[dtype]: dtype.itemsize for dtype in _DTYPE_NAMES}
+        order = sorted(added, key=lambda name: -widths[added[name]["dtype"]])
+        header: dict[str, Any] = {"__metadata__": self._metadata}
+        offset = 0
+        for name in order:
+            start, stop = added[name]["data_offsets"]
+            header[name] = {**added[name], "data_offsets": [offset, offset + stop - start]}
+            offset += stop - start
+        with path.open("wb") as file, self._data_path(shard).open("rb") as data:
+            file.write(_header_bytes(header))
+            for name in order:
+                start, stop = added[name]["data_offsets"]
+                data.seek(start)
+                file.write(data.read(stop - start))
 
     def _data_path(self, shard: int) -> Path:
         return self._folder / f".data-{shard}"

@@ -28,16 +28,23 @@ app = typer.Typer(
 AsJSON = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 _stderr = Console(stderr=True, highlight=False)
+_TYPER_INTERRUPTED = 130  # what typer makes of a KeyboardInterrupt, without a word
 
 
 def main() -> None:
-    """Run a command; errors that a user can cause become one line."""
+    """Run a command; errors that a user can cause become one line.
+
+    Raises:
+        SystemExit: With the exit status.
+    """
     _quiet_libraries()
     try:
         app()
     except (QZOError, FormatError) as error:
         _fail(" ".join(str(error).split()))
-    except KeyboardInterrupt:
+    except SystemExit as stop:
+        if stop.code != _TYPER_INTERRUPTED:
+            raise
         _fail("interrupted; the journal holds every finished step")
     except OSError as error:
         _fail(f"{error.filename or 'output'}: {error.strerror or error}")

@@ -16,7 +16,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qzo.errors import ConfigError
 
-_OLD_NAMES = {
+_OTHER_NAMES = {
+    "lr": "learning_rate",
+    "batch_size": "per_device_train_batch_size",
+    "dataset": "data",
     "evaluation_strategy": "eval_steps",
     "eval_strategy": "eval_steps",
     "num_train_epochs": "max_steps",
@@ -162,19 +165,22 @@ def _set(values: dict[str, Any], override: str) -> None:
 
 def _first_problem(error: ValidationError) -> str:
     problem = error.errors()[0]
-    key = ".".join(str(part) for part in problem["loc"])
+    place = problem["loc"]
+    key = ".".join(str(part) for part in place[: 2 if place[0] == "zo" else 1])
     if problem["type"] == "missing":
         return f"{key}: expected this key in the recipe, not found"
     if problem["type"] == "extra_forbidden":
         return f"{key}: unknown key; {_nearest(key)}"
-    expected = problem["msg"].removeprefix("Input should be ").removeprefix("a ")
+    expected = problem["msg"].removeprefix("Input should be ")
+    if expected.startswith(("greater", "less")):
+        expected = f"a number {expected}"
     return f"{key}: expected {expected}, got {problem['input']!r}"
 
 
 def _nearest(key: str) -> str:
     known = [*Recipe.model_fields, *(f"zo.{name}" for name in ZOConfig.model_fields)]
-    if key in _OLD_NAMES:
-        return f"use {_OLD_NAMES[key]!r}"
+    if key in _OTHER_NAMES:
+        return f"use {_OTHER_NAMES[key]!r}"
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     last = [name for name in known if name.split(".")[-1] == key.split(".")[-1]]
     names = last or close
@@ -182,8 +188,6 @@ def _nearest(key: str) -> str:
 
 
 def _check_together(values: Recipe) -> None:
-    if values.data is None and values.task is None:
-        raise ConfigError("data: expected 'data' or 'task' in the recipe, found neither")
     if values.zo.estimator == "per_example" and values.zo.coordinates != "row":
         raise ConfigError(
             f"zo.estimator: expected 'spsa' in {values.zo.coordinates!r} coordinates, got "

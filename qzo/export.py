@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qzo.adapter import Adapter, check_base, open_adapter, tuned_weight
 from qzo.card import model_card
-from qzo.checkpoint import Checkpoint, open_checkpoint, write_safetensors
+from qzo.checkpoint import Checkpoint, TensorFiles, open_checkpoint, write_safetensors
 from qzo.errors import CheckpointError
 from qzo.evaluate import evaluate
 from qzo.files import new_folder, read_json, write_json
@@ -108,11 +108,13 @@ def _rewrite_configs(checkpoint: Checkpoint, folder: Path) -> None:
 
 
 def _rewrite_index(folder: Path, dropped: set[str]) -> None:
+    if not dropped:
+        return
+    tensors = TensorFiles(folder)
+    size = sum(tensors[key].nbytes for key in tensors.files)
     for path in folder.glob("*.safetensors.index.json"):
-        index = read_json(path)
-        kept = {key: file for key, file in index["weight_map"].items() if key not in dropped}
-        if kept != index["weight_map"]:
-            write_json(path, {**index, "weight_map": kept})
+        metadata = {**read_json(path).get("metadata", {}), "total_size": size}
+        write_json(path, {"metadata": metadata, "weight_map": tensors.files})
 
 
 def _compare(run: Path, exported: Path) -> tuple[float | None, float | None]:

@@ -125,6 +125,7 @@ class QuantLinear(nn.Module):
         self.index = -1  # place in the trained vector, set when scales are attached
         self.quantized = weight
         self.live = live
+        self.tuned: Tensor | None = None  # scales to compute with outside of training
         self.stored: dict[str, Tensor] = {}  # by key, where the codes were adopted from memory
         self.in_features = weight.in_features
         self.out_features = weight.out_features
@@ -138,6 +139,7 @@ class QuantLinear(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         device = fn(torch.empty(0, dtype=torch.uint8)).device  # dtypes of codes and scales stay
         self.quantized = self.quantized.to(device)
+        self.tuned = None if self.tuned is None else self.tuned.to(device)
         return self
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
@@ -175,9 +177,11 @@ class QuantLinear(nn.Module):
         )
 
     def _effective(self) -> EffectiveScales:
-        if self.live.effective is None or self.index < 0:
-            return ProbeScales([self.quantized.scales.float()])
-        return self.live.effective(self.index)
+        if self.live.effective is not None and self.index >= 0:
+            return self.live.effective(self.index)
+        is_training = self.live.effective is not None
+        tuned = None if is_training else self.tuned
+        return ProbeScales([(self.quantized.scales if tuned is None else tuned).float()])
 
     def _product(
         self, x: Float[Tensor, "tokens in"], bounds: Sequence[int], effective: EffectiveScales

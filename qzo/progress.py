@@ -1,6 +1,6 @@
 """Progress on the terminal: loss, derivative, clip rate and time left."""
 
-from typing import Any, Self
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -26,12 +26,13 @@ class ProgressCallback(TrainerCallback):
             console=console,
         )
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "ProgressCallback":
         return self
 
     def __exit__(self, *_: object) -> None:
         """Give the terminal back, also after an error in the middle of training."""
-        self._progress.stop()
+        if self._progress.live.is_started:
+            self._progress.stop()
 
     def on_train_begin(
         self,

@@ -47,10 +47,15 @@ def base_checkpoint(recipe: Recipe) -> Checkpoint:
 
 
 def data_sets(recipe: Recipe, tokenizer: Any) -> tuple[ExampleSet, ExampleSet | None]:
-    """Read training and evaluation examples."""
+    """Read training and evaluation examples.
+
+    Raises:
+        ConfigError: The recipe names no data.
+    """
+    if recipe.data is None and recipe.task is None:
+        raise ConfigError("data: expected 'data' or 'task' in the recipe, found neither")
     common: dict[str, Any] = {"tokenizer": tokenizer, "max_length": recipe.max_length}
-    if recipe.eval_data is None and recipe.task is None:
-        assert recipe.data is not None  # the recipe was checked
+    if recipe.eval_data is None and recipe.task is None and recipe.data is not None:
         train_set, eval_set = split_records(
             recipe.data,
             tokenizer,

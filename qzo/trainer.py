@@ -15,8 +15,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
 
 from qzo.adapter import (
+    apply_adapter,
     change_warnings,
     changed_fraction,
+    open_adapter,
     read_snapshot,
     save_adapter,
     save_snapshot,
@@ -127,6 +129,8 @@ class Trainer:
 
     def train(self) -> Result:
         """Run to ``max_steps``; continue the journal in ``output_dir`` if the recipe says so.
+
+        The model computes with the tuned scales afterwards, rounded as in the adapter.
 
         Raises:
             QZOError: The loss was not finite too many times in a row.
@@ -322,6 +326,7 @@ class Trainer:
         reference = self.evaluate(self._reference_loss_only())
         write_reference(self.folder, self._reference, reference.loss)
         save_adapter(self.folder, tensors, adapter_config(journal.header, self.checkpoint, step))
+        apply_adapter(self.model, self.checkpoint, open_adapter(self.folder))
 
     def _reference_loss_only(self) -> ExampleSet:
         return ExampleSet(self._reference.examples, self._reference.loss)

@@ -37,7 +37,7 @@ def refusal(method: str) -> str:
 
 
 def test_formats_are_gptq_and_bitsandbytes() -> None:
-    assert FORMATS == {"gptq": gptq, "bitsandbytes": nf4}
+    assert {"gptq": gptq, "bitsandbytes": nf4} == FORMATS
 
 
 @pytest.mark.parametrize("method", ["gptq", "bitsandbytes"])

@@ -19,7 +19,8 @@ def correlated_inputs(count: int, size: int, seed: int = 0) -> Tensor:
         torch.randperm(size, generator=generator)
     ]
     own = torch.randn(count, size, generator=generator, dtype=torch.float64)
-    return (own @ mixing / size**0.5 + 2 * common) * spread
+    inputs: Tensor = (own @ mixing / size**0.5 + 2 * common) * spread
+    return inputs
 
 
 def random_weight(out: int = OUT, size: int = IN, seed: int = 1) -> Tensor:

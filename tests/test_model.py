@@ -1,5 +1,4 @@
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +96,9 @@ def test_every_gptq_variant_loads(tmp_path: Path, variant: GPTQVariant) -> None:
 def test_every_bitsandbytes_variant_loads(
     tmp_path: Path, quant_type: str, double_quant: bool
 ) -> None:
-    options = {"quant_type": quant_type, "double_quant": double_quant, "blocksize": 32}
-    dense = nf4_files.write_nf4(tmp_path, tiny_model(), **options)
+    dense = nf4_files.write_nf4(
+        tmp_path, tiny_model(), quant_type=quant_type, double_quant=double_quant, blocksize=32
+    )
     assert relative_error(logits_of(qzo.load(tmp_path)), logits_of(dense)) < TOLERANCE
 
 
@@ -268,9 +268,7 @@ def test_a_missing_part_of_a_layer_is_named(base: Path, role: str) -> None:
 
 
 def test_a_layer_without_its_codes_is_named(base: Path) -> None:
-    edited(
-        base, lambda t: [t.pop(f"{LAYER}.{r}") for r in ("qweight", "qzeros", "scales", "g_idx")]
-    )
+    edited(base, lambda t: [t.pop(key) for key in list(t) if key.startswith(LAYER)])
     assert refusal(base) == f"{LAYER}.weight: expected this tensor in the checkpoint, not found"
 
 
@@ -383,12 +381,12 @@ NAIVE_READERS = {
 
 
 @pytest.fixture(params=NAIVE_READERS)
-def shared_checkpoint(shared: Path, request: pytest.FixtureRequest) -> Iterator[tuple[Path, Any]]:
+def shared_checkpoint(shared: Path, request: pytest.FixtureRequest) -> tuple[Path, Any]:
     """A checkpoint of the original tools, and a naive reader of its layers."""
     folder = shared / "checkpoints" / request.param
     if not folder.is_dir():
         pytest.skip(f"no {folder}")
-    yield folder, NAIVE_READERS[request.param]
+    return folder, NAIVE_READERS[request.param]
 
 
 def test_a_shared_checkpoint_dequantizes_as_the_naive_reader_says(

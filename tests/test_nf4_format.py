@@ -1,3 +1,4 @@
+import re
 from typing import Any
 
 import pytest
@@ -310,8 +311,11 @@ def test_unpack_refuses_a_quant_state_that_is_no_json() -> None:
 
 def test_unpack_refuses_a_quant_state_of_nested_brackets() -> None:
     stored = torch.full((4096,), ord("["), dtype=torch.uint8)
-    message = bad_layer({"quant_state": stored})
-    assert message.startswith("layer.weight.quant_state: expected JSON, got maximum recursion")
+    message = bad_layer({"quant_state": stored})  # how deep Python goes depends on its version
+    assert re.fullmatch(
+        r"layer.weight.quant_state: expected JSON, got (maximum recursion|Expecting value).*",
+        message,
+    )
 
 
 def test_unpack_refuses_a_quant_state_that_is_no_object() -> None:

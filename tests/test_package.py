@@ -36,4 +36,4 @@ def test_importing_the_package_imports_no_torch() -> None:
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match=r"^module 'qzo' has no attribute 'train'$"):
-        _ = qzo.train  # type: ignore[attr-defined]  # it does not exist
+        _ = qzo.train

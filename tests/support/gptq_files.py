@@ -170,17 +170,17 @@ def write_gptq(
     config = variant.config()
     if not has_quant_method:
         del config["quant_method"]
-    write_configs(folder, model, config, config_file)
+    write_configs(folder, model, config, file=config_file)
     return model
 
 
-def unquantized(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Return what stays as it is, in float16: embeddings, norms, biases, an untied head."""
+def unquantized(model: PreTrainedModel, dtype: torch.dtype = torch.float16) -> dict[str, Tensor]:
+    """Return what stays as it is: embeddings, norms, biases, an untied head."""
     quantized = {f"{name}.weight" for name in block_linears(model)}
     if model.config.tie_word_embeddings:
         quantized.add("lm_head.weight")
     state = model.state_dict()
-    return {key: state[key].half().contiguous() for key in state if key not in quantized}
+    return {key: state[key].to(dtype).contiguous() for key in state if key not in quantized}
 
 
 def write_tensors(folder: Path, tensors: Mapping[str, Tensor], num_shards: int = 1) -> None:
@@ -198,11 +198,16 @@ def write_tensors(folder: Path, tensors: Mapping[str, Tensor], num_shards: int =
 
 
 def write_configs(
-    folder: Path, model: PreTrainedModel, quantization: dict[str, Any], file: str = "config.json"
+    folder: Path,
+    model: PreTrainedModel,
+    quantization: dict[str, Any],
+    *,
+    file: str = "config.json",
+    dtype: str = "float16",
 ) -> None:
     """Write ``config.json``, with the quantization config inside or in a file of its own."""
     config = {**model.config.to_dict(), "architectures": [type(model).__name__]}
-    config["dtype"] = "float16"
+    config["dtype"] = dtype
     if file == "config.json":
         config["quantization_config"] = quantization
     else:

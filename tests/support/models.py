@@ -50,7 +50,8 @@ def tiny_model(
             values = torch.randn(parameter.shape, generator=generator)
             is_norm = "norm" in name and name.endswith("weight")
             parameter.copy_((1 + 0.1 * values if is_norm else 0.1 * values).half().float())
-    return model.eval()
+    model.eval()
+    return model
 
 
 def _build(architecture: str, sizes: dict[str, Any]) -> PreTrainedModel:

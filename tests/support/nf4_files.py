@@ -26,7 +26,8 @@ def load_bnb(
     """Load a float model with quantization on the fly, or one that is quantized."""
     options = {} if config is None else {"quantization_config": config}
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def write_bnb(
@@ -72,7 +73,7 @@ def write_nf4(
     """Write a checkpoint with any block size; turn the model into its dense equal, return it."""
     folder.mkdir(parents=True, exist_ok=True)
     quant_type = options.get("quant_type", "nf4")
-    tensors = unquantized(model)
+    tensors = unquantized(model, torch.float32)
     for name, linear in block_linears(model).items():
         layer = quantize_layer(linear.weight.detach(), **options)
         state = layer.pop("quant_state")
@@ -82,7 +83,7 @@ def write_nf4(
         linear.weight = nn.Parameter(dense, requires_grad=False)
     write_tensors(folder, tensors, num_shards)
     config = bnb_config(quant_type, bnb_4bit_use_double_quant=options.get("double_quant", False))
-    write_configs(folder, model, config.to_dict())
+    write_configs(folder, model, config.to_dict(), dtype="float32")
     return model
 
 

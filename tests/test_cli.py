@@ -1,0 +1,289 @@
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+from support.command import Run, command, write_recipe
+from support.models import tiny_model
+from support.runs import (
+    COMPLETIONS,
+    ESTIMATORS,
+    RECORDS,
+    json_lines,
+    tiny_checkpoint,
+    write_lines,
+    write_tokenizer,
+)
+from typer.main import get_command
+
+from qzo.checks import Check, Status
+from qzo.cli import app
+from qzo.doctor import Report
+
+
+@dataclass(frozen=True)
+class Place:
+    base: Path
+    data: Path
+    run: Path
+
+
+@pytest.fixture
+def qzo(capsys: pytest.CaptureFixture[str]) -> Run:
+    return command(capsys)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """A checkpoint, data and a finished run; nothing of it is changed."""
+    folder = tmp_path_factory.mktemp("cli")
+    base = tiny_checkpoint(folder / "base")
+    data = write_lines(folder / "data.jsonl", RECORDS)
+    recipe = write_recipe(folder / "recipe.yaml", base, data, folder / "run")
+    from qzo.config import read_recipe
+    from qzo.run import train
+
+    train(read_recipe(recipe))
+    return Place(base, data, folder / "run")
+
+
+def test_every_command_is_under_test() -> None:
+    names: list[str] = sorted(getattr(get_command(app), "commands"))  # noqa: B009  # of a group
+    tested = {line[0] for line in COMMANDS} | {"quantize", "train", "export", "doctor", "bench"}
+
+    assert set(names) <= tested
+    assert len(names) >= 9
+
+
+COMMANDS: list[tuple[str, ...]] = [
+    ("inspect", "{base}"),
+    ("plan", "{base}"),
+    ("plan", "{base}/config.json", "--memory", "24GiB"),
+    ("eval", "{base}", "--data", "{data}"),
+    ("eval", "{base}", "--data", "{data}", "--num-examples", "1"),
+    ("eval", "{base}", "--data", "{data}", "--adapter", "{run}"),
+    ("replay", "{run}"),
+    ("generate", "{base}", "--prompt", "a film", "--max-new-tokens", "4"),
+    ("generate", "{base}", "--prompt", "a film", "--adapter", "{run}", "--max-new-tokens", "4"),
+]
+
+
+def filled(arguments: tuple[str, ...], place: Place) -> list[str]:
+    return [a.format(base=place.base, data=place.data, run=place.run) for a in arguments]
+
+
+@pytest.mark.parametrize("arguments", COMMANDS, ids=" ".join)
+def test_a_command_prints_one_json_object_and_nothing_else(
+    qzo: Run, place: Place, arguments: tuple[str, ...]
+) -> None:
+    ran = qzo(*filled(arguments, place), "--json")
+
+    assert ran.code == 0, ran.err
+    assert ran.value
+    assert ran.err == ""
+
+
+@pytest.mark.parametrize("arguments", COMMANDS, ids=" ".join)
+def test_a_command_prints_for_people_otherwise(
+    qzo: Run, place: Place, arguments: tuple[str, ...]
+) -> None:
+    ran = qzo(*filled(arguments, place))
+
+    assert ran.code == 0, ran.err
+    assert ran.out.strip()
+    assert not ran.out.startswith("{")
+    assert ran.err == ""
+
+
+@pytest.mark.parametrize(("status", "code"), [("ok", 0), ("warn", 0), ("fail", 1)])
+def test_doctor_fails_where_a_check_fails(
+    qzo: Run, monkeypatch: pytest.MonkeyPatch, status: Status, code: int
+) -> None:
+    report = Report((Check("packages", "torch", status, "found", "do this"),))
+    monkeypatch.setattr("qzo.doctor.doctor", lambda: report)
+
+    ran = qzo("doctor", "--json")
+
+    assert (ran.code, ran.err) == (code, "")
+    assert ran.value["status"] == status
+    assert "do this" in qzo("doctor").out
+
+
+def test_inspect_counts(qzo: Run, place: Place) -> None:
+    value = qzo("inspect", place.base, "--json").value
+
+    stored = load_file(place.base / "model.safetensors")
+    scales = [tensor for key, tensor in stored.items() if key.endswith(".scales")]
+    assert value["num_layers"] == len(scales) == 7
+    assert value["num_scales"] == sum(tensor.numel() for tensor in scales)
+    assert value["num_rows"] == sum(tensor.shape[1] for tensor in scales)
+    assert (value["format"], value["group_size"], value["model_type"]) == ("gptq", 32, "llama")
+
+
+def test_eval_does_not_print_numbers_that_json_does_not_have(qzo: Run, place: Place) -> None:
+    value = qzo("eval", place.base, "--data", place.data, "--num-examples", "1", "--json").value
+
+    assert value["num_examples"] == 1
+    assert value["loss_se"] is None
+    assert math.isfinite(value["loss"])
+
+
+def test_train_prints_the_result_and_writes_the_run(qzo: Run, place: Place, tmp_path: Path) -> None:
+    recipe = write_recipe(
+        tmp_path / "r.yaml", place.base, place.data, tmp_path / "run", num_eval_examples=2
+    )
+
+    ran = qzo("train", recipe, "eval_data=" + str(place.data), "--json")
+
+    assert ran.code == 0, ran.err
+    value = ran.value
+    assert (value["steps"], value["skipped_steps"], value["warnings"]) == (3, 0, value["warnings"])
+    assert value["before"]["num_examples"] == value["after"]["num_examples"] == 2
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        *("README.md", "adapter_config.json", "adapter_model.safetensors", "best"),
+        *("checkpoint-3", "journal.jsonl", "loss.png", "metrics.jsonl", "recipe.yaml"),
+        "reference.json",
+    ]
+
+
+def test_train_takes_overrides(qzo: Run, place: Place, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "r.yaml", place.base, place.data, tmp_path / "run")
+
+    ran = qzo("train", recipe, "max_steps=1", "zo.epsilon=0.05", "--json")
+
+    assert ran.value["steps"] == 1
+    header = json_lines(tmp_path / "run" / "journal.jsonl")[0]
+    assert header["recipe"]["zo"]["epsilon"] == 0.05
+
+
+def test_train_continues_where_the_recipe_says_so(qzo: Run, place: Place, tmp_path: Path) -> None:
+    keys = {"lr_scheduler_type": "constant", "resume_from_checkpoint": True}
+    recipe = write_recipe(tmp_path / "r.yaml", place.base, place.data, tmp_path / "run", **keys)
+
+    assert qzo("train", recipe, "--json").value["steps"] == 3
+    assert qzo("train", recipe, "max_steps=4", "--json").value["steps"] == 4
+    assert qzo("replay", tmp_path / "run", "--json").value["adapter"] == "equal"
+
+
+def test_train_prints_a_warning_where_the_file_cannot_hold_the_updates(
+    qzo: Run, place: Place, tmp_path: Path
+) -> None:
+    zo = {**ESTIMATORS["absolute"], "max_loss_difference": None}
+    recipe = write_recipe(
+        tmp_path / "r.yaml",
+        place.base,
+        place.data,
+        tmp_path / "run",
+        learning_rate=1e-12,
+        zo=zo,
+    )
+
+    ran = qzo("train", recipe)
+
+    assert ran.code == 0, ran.err
+    assert (
+        "\nwarning: only 0.0% of the scales differ from the base once rounded to float16, the "
+        "dtype of the file: the other updates are too small to survive the export; raise "
+        "learning_rate, or train longer\n"
+    ) in ran.out
+
+
+def test_train_shows_progress_on_stderr(qzo: Run, place: Place, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "r.yaml", place.base, place.data, tmp_path / "run")
+
+    ran = qzo("train", recipe, "logging_steps=1")
+
+    assert "step 2/3  loss " in ran.err
+    assert "step" not in ran.out.splitlines()[0].partition(" ")[0]
+
+
+def test_replay_writes_an_earlier_step(qzo: Run, place: Place, tmp_path: Path) -> None:
+    ran = qzo("replay", place.run, "--to-step", "2", "--out", tmp_path / "out", "--json")
+
+    assert (ran.value["steps"], ran.value["adapter"]) == (2, "written")
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["step"] == 2
+
+
+def test_export_writes_a_checkpoint_with_the_trained_loss(
+    qzo: Run, place: Place, tmp_path: Path
+) -> None:
+    ran = qzo("export", place.run, "--out", tmp_path / "out", "--json")
+
+    assert ran.code == 0, ran.err
+    assert ran.value["num_changed"] == 7
+    # rounding the scales to fp16
+    assert ran.value["exported_loss"] == pytest.approx(ran.value["trained_loss"], abs=5e-3)
+    assert qzo("inspect", tmp_path / "out", "--json").code == 0
+
+
+@pytest.mark.parametrize("options", [("--format", "nf4"), ("--method", "rtn")])
+def test_quantize_writes_a_checkpoint(qzo: Run, tmp_path: Path, options: tuple[str, ...]) -> None:
+    model: Any = tiny_model()
+    model.save_pretrained(tmp_path / "float")
+    write_tokenizer(tmp_path / "float")
+
+    ran = qzo("quantize", tmp_path / "float", "--out", tmp_path / "out", *options, "--json")
+
+    assert ran.code == 0, ran.err
+    assert ran.value["num_layers"] == 7
+    assert qzo("inspect", tmp_path / "out", "--json").value["num_layers"] == 7
+
+
+def test_completions_are_learned_through_the_command_line(
+    qzo: Run, place: Place, tmp_path: Path
+) -> None:
+    data = write_lines(tmp_path / "d.jsonl", COMPLETIONS)
+    recipe = write_recipe(tmp_path / "r.yaml", place.base, data, tmp_path / "run")
+
+    assert qzo("train", recipe, "--json").value["steps"] == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (("inspect",), "Missing argument"),
+        (("nonsense",), "No such command"),
+        (("inspect", "x", "--nonsense"), "No such option"),
+        (("generate", "x", "--prompt", "a", "--max-new-tokens", "many"), "Invalid value"),
+        (("eval", "x", "--batch-size", "0"), "Invalid value"),
+        (("replay", "x", "--to-step", "-1"), "Invalid value"),
+    ],
+)
+def test_wrong_usage_exits_2(qzo: Run, arguments: tuple[str, ...], complaint: str) -> None:
+    ran = qzo(*arguments)
+
+    assert (ran.code, ran.out) == (2, "")
+    assert complaint in ran.err
+
+
+def test_help_exits_0(qzo: Run) -> None:
+    ran = qzo("--help")
+
+    assert (ran.code, ran.err) == (0, "")
+    assert "forward passes only" in ran.out
+
+
+@pytest.mark.parametrize("as_json", [(), ("--json",)])
+def test_an_error_is_one_line_and_exits_1(qzo: Run, tmp_path: Path, as_json: tuple[str]) -> None:
+    ran = qzo("inspect", tmp_path / "nothing", *as_json)
+
+    assert (ran.code, ran.out) == (1, "")
+    assert ran.err == f"qzo: {tmp_path / 'nothing'}: expected a folder or a hub id, found neither\n"
+
+
+def test_an_interrupt_is_one_line_and_exits_1(
+    qzo: Run, place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("qzo.run.split_records", interrupt)
+    recipe = write_recipe(tmp_path / "r.yaml", place.base, place.data, tmp_path / "run")
+
+    ran = qzo("train", recipe, "--json")
+
+    assert (ran.code, ran.out) == (1, "")
+    assert ran.err == "qzo: interrupted; the journal holds every finished step\n"

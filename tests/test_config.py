@@ -1,0 +1,253 @@
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qzo.config import PRESETS, Recipe, ZOConfig, read_recipe, recipe
+from qzo.errors import ConfigError
+
+SMALLEST = {"model": "base", "data": "reviews.jsonl", "output_dir": "runs/reviews"}
+
+
+def made(**keys: Any) -> Recipe:
+    return recipe({**SMALLEST, **keys})
+
+
+def refusal(message: str) -> Any:
+    return pytest.raises(ConfigError, match=f"^{re.escape(message)}$")
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_the_smallest_recipe_takes_the_defaults() -> None:
+    result = made()
+
+    assert result == Recipe(**SMALLEST)  # type: ignore[arg-type]  # strings, all of them
+    assert (result.preset, result.zo) == ("default", ZOConfig())
+    assert (result.zo.estimator, result.zo.coordinates) == ("per_example", "row")
+
+
+def test_preset_paper_is_section_4_1_of_the_paper() -> None:
+    result = made(preset="paper")
+
+    assert result.learning_rate == 1e-7
+    assert result.lr_scheduler_type == "constant"
+    assert (result.warmup_steps, result.gradient_accumulation_steps) == (0, 1)
+    assert result.per_device_train_batch_size == 16
+    assert (result.zo.estimator, result.zo.num_directions) == ("spsa", 1)
+    assert (result.zo.coordinates, result.zo.direction) == ("absolute", "gaussian")
+    assert result.zo.epsilon == 1e-3
+    assert result.zo.max_loss_difference is not None
+    assert result.zo.max_loss_difference / (2 * result.zo.epsilon) == pytest.approx(100)  # C
+    assert result.zo.optimizer == "sgd"
+
+
+def test_all_presets_are_under_test() -> None:
+    assert sorted(PRESETS) == ["default", "paper"]
+
+
+def test_what_the_recipe_says_replaces_the_preset() -> None:
+    result = made(preset="paper", learning_rate=1e-5, zo={"epsilon": 0.5})
+
+    assert (result.learning_rate, result.zo.epsilon) == (1e-5, 0.5)
+    assert (result.zo.coordinates, result.lr_scheduler_type) == ("absolute", "constant")
+
+
+def test_a_recipe_is_not_changed_by_reading_it() -> None:
+    values = {**SMALLEST, "preset": "paper", "zo": {"epsilon": 0.5}}
+    copy = {**values, "zo": {"epsilon": 0.5}}
+
+    recipe(values)
+
+    assert values == copy
+    assert PRESETS["paper"]["zo"]["epsilon"] == 1e-3
+
+
+def test_a_resolved_recipe_reads_back_as_itself() -> None:
+    for result in (made(), made(preset="paper", zo={"max_skipped_steps": 3})):
+        assert recipe(result.model_dump(mode="json")) == result
+
+
+def test_a_recipe_is_read_from_yaml(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "recipe.yaml",
+        "# a comment\nmodel: base\ndata: a.jsonl\noutput_dir: out\nlearning_rate: 1e-7\n"
+        "max_steps: 12\nreport_to: [tensorboard]\nzo:\n  epsilon: 1e-3\n",
+    )
+
+    result = read_recipe(path)
+
+    assert (result.model, result.max_steps, result.report_to) == ("base", 12, ["tensorboard"])
+    assert (result.learning_rate, result.zo.epsilon) == (1e-7, 1e-3)  # YAML reads 1e-7 as text
+
+
+@pytest.mark.parametrize(
+    ("override", "want"),
+    [
+        ("max_steps=7", {"max_steps": 7}),
+        ("learning_rate=1e-3", {"learning_rate": 1e-3}),
+        ("zo.epsilon=0.25", {"zo": {"epsilon": 0.25}}),
+        ("data=b=c.jsonl", {"data": "b=c.jsonl"}),
+        ("eval_data=null", {"eval_data": None}),
+        ("resume_from_checkpoint=true", {"resume_from_checkpoint": True}),
+        ("preset=paper", {"preset": "paper"}),
+    ],
+)
+def test_overrides_replace_keys(tmp_path: Path, override: str, want: dict[str, Any]) -> None:
+    path = write(
+        tmp_path / "r.yaml", "model: base\ndata: reviews.jsonl\noutput_dir: runs/reviews\n"
+    )
+
+    assert read_recipe(path, [override]) == made(**want)
+
+
+def test_later_overrides_win(tmp_path: Path) -> None:
+    path = write(tmp_path / "r.yaml", "model: a\ndata: b\noutput_dir: c\n")
+
+    assert read_recipe(path, ["max_steps=1", "max_steps=2"]).max_steps == 2
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"learning_rat": 1}, "learning_rat: unknown key; did you mean 'learning_rate'?"),
+        ({"max_step": 1}, "max_step: unknown key; did you mean 'max_steps'?"),
+        ({"epsilon": 1}, "epsilon: unknown key; did you mean 'zo.epsilon'?"),
+        ({"zo": {"epsilom": 1}}, "zo.epsilom: unknown key; did you mean 'zo.epsilon'?"),
+        ({"zo": {"seed": 1}}, "zo.seed: unknown key; did you mean 'seed'?"),
+        ({"lr": 1}, "lr: unknown key; use 'learning_rate'"),
+        ({"batch_size": 1}, "batch_size: unknown key; use 'per_device_train_batch_size'"),
+        ({"evaluation_strategy": "no"}, "evaluation_strategy: unknown key; use 'eval_steps'"),
+        ({"num_train_epochs": 3}, "num_train_epochs: unknown key; use 'max_steps'"),
+        (
+            {"overwrite_output_dir": True},
+            "overwrite_output_dir: unknown key; use 'resume_from_checkpoint'",
+        ),
+        ({"warmup_ratio": 0.1}, "warmup_ratio: unknown key; use 'warmup_steps'"),
+        ({"no_cuda": True}, "no_cuda: unknown key; use 'device'"),
+    ],
+)
+def test_unknown_keys_name_the_nearest(keys: dict[str, Any], message: str) -> None:
+    with refusal(message):
+        made(**keys)
+
+
+def test_an_unknown_key_like_no_other_names_all() -> None:
+    known = [*Recipe.model_fields, *(f"zo.{name}" for name in ZOConfig.model_fields)]
+
+    with refusal(f"qqqqqq: unknown key; known keys are {', '.join(sorted(known))}"):
+        made(qqqqqq=1)
+
+
+@pytest.mark.parametrize("key", ["model", "output_dir"])
+def test_keys_that_a_run_needs_must_be_there(key: str) -> None:
+    values = {name: value for name, value in SMALLEST.items() if name != key}
+
+    with refusal(f"{key}: expected this key in the recipe, not found"):
+        recipe(values)
+
+
+def test_a_run_needs_data_or_a_task() -> None:
+    with refusal("data: expected 'data' or 'task' in the recipe, found neither"):
+        made(data=None)
+    assert made(data=None, task="sst2").task == "sst2"
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"model": 3}, "model: expected a valid string, got 3"),
+        ({"max_steps": "many"}, "max_steps: expected a valid integer, unable to parse string as an "
+            "integer, got 'many'"),
+        ({"max_steps": 1.5}, "max_steps: expected a valid integer, got a number with a fractional "
+            "part, got 1.5"),
+        ({"max_steps": 0}, "max_steps: expected a number greater than or equal to 1, got 0"),
+        ({"learning_rate": 0}, "learning_rate: expected a number greater than 0, got 0"),
+        ({"learning_rate": float("inf")}, "learning_rate: expected a finite number, got inf"),
+        ({"seed": 2**63}, "seed: expected a number less than 9223372036854775808, got "
+            "9223372036854775808"),
+        ({"task": "sst3"}, "task: expected 'sst2', 'rte', 'boolq', 'copa' or 'squad', got 'sst3'"),
+        ({"dtype": "int8"}, "dtype: expected 'float32', 'float16' or 'bfloat16', got 'int8'"),
+        ({"report_to": 3}, "report_to: expected a valid string, got 3"),
+        ({"load_best_model_at_end": "perhaps"}, "load_best_model_at_end: expected a valid boolean, "
+            "unable to interpret input, got 'perhaps'"),
+        ({"preset": "best"}, "preset: expected one of ['default', 'paper'], got 'best'"),
+        ({"preset": ["paper"]}, "preset: expected one of ['default', 'paper'], got ['paper']"),
+        ({"zo": 3}, "zo: expected keys and values, got int"),
+        ({"zo": None}, "zo: expected keys and values, got NoneType"),
+        ({"zo": {"epsilon": -1}}, "zo.epsilon: expected a number greater than 0, got -1"),
+        ({"zo": {"epsilon": "nan"}}, "zo.epsilon: expected a finite number, got 'nan'"),
+        ({"zo": {"coordinates": "rows"}}, "zo.coordinates: expected 'absolute', 'relative' or "
+            "'row', got 'rows'"),
+        ({"zo": {"max_loss_difference": 0}}, "zo.max_loss_difference: expected a number greater "
+            "than 0, got 0"),
+        ({"zo": {"coordinates": "relative"}}, "zo.estimator: expected 'spsa' in 'relative' "
+            "coordinates, got 'per_example', which needs 'row'"),
+        ({"zo": {"num_directions": 2}}, "zo.num_directions: expected 1 with 'per_example', which "
+            "has one direction per example, got 2"),
+    ],
+)  # fmt: skip
+def test_values_that_cannot_be_used_name_their_key(keys: dict[str, Any], message: str) -> None:
+    with refusal(message):
+        made(**keys)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: [1", "expected YAML: while parsing a flow sequence in \"<unicode string>\", line "
+            "1, column 8: model: [1 ^ expected ',' or ']', but got '<stream end>' in \"<unicode "
+            "string>\", line 1, column 10: model: [1 ^"),
+        ("- a\n- b\n", "expected keys and values, got list"),
+        ("", "expected keys and values, got NoneType"),
+        ("just text", "expected keys and values, got str"),
+    ],
+)  # fmt: skip
+def test_files_that_are_no_recipe_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    path = write(tmp_path / "r.yaml", text)
+
+    with refusal(f"{path}: {message}"):
+        read_recipe(path)
+
+
+def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_bytes(b"model: \xff\xfe\n")
+
+    with refusal(
+        f"{path}: expected YAML: 'utf-8' codec can't decode byte 0xff in position 7: invalid start "
+        "byte"
+    ):
+        read_recipe(path)
+
+
+def test_a_recipe_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with refusal(f"{tmp_path / 'r.yaml'}: cannot be read: No such file or directory"):
+        read_recipe(tmp_path / "r.yaml")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("max_steps", "max_steps: expected key=value"),
+        ("max_steps=[1", "max_steps: expected a YAML value, got '[1'"),
+        ("model.path=x", "model.path: expected model to hold keys, got 'a'"),
+        ("max_stepz=1", "max_stepz: unknown key; did you mean 'max_steps'?"),
+    ],
+)
+def test_overrides_that_cannot_be_used_are_refused(
+    tmp_path: Path, override: str, message: str
+) -> None:
+    path = write(tmp_path / "r.yaml", "model: a\ndata: b\noutput_dir: c\n")
+
+    with refusal(message):
+        read_recipe(path, [override])
+
+
+def test_a_recipe_cannot_be_changed() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        made().max_steps = 3  # type: ignore[misc]  # what is tried
