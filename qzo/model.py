@@ -18,6 +18,7 @@ from qzo.checkpoint import Checkpoint, natural_order, open_checkpoint
 from qzo.errors import CheckpointError, ConfigError
 from qzo.linear import Live, QuantLinear
 
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 _HARMLESS = re.compile(r"(rotary_emb\.inv_freq|\.masked_bias|\.attn\.bias)$")
 
 
@@ -254,4 +255,6 @@ def load_tokenizer(folder: Path) -> Any:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, OSError, KeyError, TypeError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
+        if folder.is_dir() and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+            reason = f"found none of {', '.join(_TOKENIZER_FILES)}"
         raise CheckpointError(f"{folder}: expected a tokenizer: {reason}") from error

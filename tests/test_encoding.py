@@ -37,7 +37,7 @@ def tokenizer_of(
     if template:
         ends = [("<s>", 0), ("</s>", 1)]
         fast.post_processor = processors.TemplateProcessing(single=template, special_tokens=ends)
-    tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]  # transformers 5.23
+    tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=fast, bos_token="<s>", eos_token="</s>", pad_token="</s>"
     )
     tokenizer.chat_template = chat_template

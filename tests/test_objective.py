@@ -12,14 +12,16 @@ from support.runs import (
     tiny_checkpoint,
     tiny_trainer,
 )
+from transformers import PreTrainedModel
 
+from qzo.directions import directions
 from qzo.encoding import EncodedExample
 from qzo.errors import ConfigError, DataError
 from qzo.estimators import PerExampleSPSA
 from qzo.examples import ExampleSet
 from qzo.objective import Objective, example_loss, needed_rows
 from qzo.probes import Probe
-from qzo.scales import Coordinates
+from qzo.scales import Coordinates, Scales
 
 COORDINATES: tuple[Coordinates, ...] = ("absolute", "relative", "row")
 # fp32 forwards, summed in another order, of losses near 1
@@ -29,12 +31,6 @@ TOLERANCE = 3e-6
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_checkpoint(tmp_path_factory.mktemp("objective") / "base")
-
-
-@pytest.fixture
-def folder(base: Path, tmp_path: Path) -> Path:
-    """A base with a place for a run beside it; nothing is written there."""
-    return tmp_path
 
 
 def objective(base: Path, out: Path, records: Any = RECORDS, **keys: Any) -> Objective:
@@ -109,32 +105,27 @@ def test_stacked_losses_are_those_of_separate_dense_forwards(
 
     assert len(losses) == 4
     for probe, loss in zip(probes, losses, strict=True):
-        want = [dense_loss(base, trainer, probe, example) for example in batch[0]]
+        dense = dense_at(base, trainer.scales, probe)
+        want = [dense_loss(dense, example) for example in batch[0]]
         assert loss == pytest.approx(sum(want) / len(want), abs=TOLERANCE)
 
 
-def dense_loss(base: Path, trainer: Any, probe: Probe, example: EncodedExample) -> float:
-    """Return the loss of one example by a dense model with the weights of one probe."""
-    scales = trainer.scales
-    moved = type(scales)(
-        scales.names,
-        [scales._file_scales[i] for i in range(len(scales.names))],
-        coordinates=scales.coordinates,
-        direction=scales.direction,
-    )
-    moved.move(0, len(moved), moved_by(scales, probe))
-    tuned = {name: moved.tuned(i).T for i, name in enumerate(moved.names)}
-    scores = dense_candidate_scores(dense_equal(base, tuned), example)
+def dense_at(base: Path, scales: Scales, probe: Probe) -> PreTrainedModel:
+    """Return a dense model with the weights of one probe."""
+    stored = scales._file_scales
+    moved = Scales(scales.names, stored, coordinates=scales.coordinates, direction=scales.direction)
+    z = directions(scales.direction, [probe.seed], 0, len(scales))[0]
+    moved.move(0, len(moved), z * probe.offset)
+    return dense_equal(base, {name: moved.tuned(i).T for i, name in enumerate(moved.names)})
+
+
+def dense_loss(dense: PreTrainedModel, example: EncodedExample) -> float:
+    """Return the loss of one example by a dense model."""
+    scores = dense_candidate_scores(dense, example)
     if len(scores) == 1:
         return -scores[0]
     total = sum(math.exp(score) for score in scores)
     return -math.log(math.exp(scores[example.label]) / total)
-
-
-def moved_by(scales: Any, probe: Probe) -> Any:
-    from qzo.directions import directions
-
-    return directions(scales.direction, [probe.seed], 0, len(scales))[0] * probe.offset
 
 
 @pytest.mark.parametrize("records", [RECORDS, COMPLETIONS], ids=["classes", "completions"])

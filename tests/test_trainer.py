@@ -9,13 +9,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.models import logits_of
 from support.runs import (
     COMPLETIONS,
     ESTIMATORS,
     RECORDS,
     change_tensor,
+    dense_equal,
     json_lines,
     tiny_checkpoint,
+    tiny_recipe,
     tiny_trainer,
 )
 from transformers import TrainerCallback
@@ -23,6 +26,7 @@ from transformers import TrainerCallback
 import qzo
 from qzo import trainer as trainer_module
 from qzo.errors import CheckpointError, ConfigError, QZOError
+from qzo.evaluate import evaluate
 from qzo.scales import Scales
 from qzo.trainer import Trainer
 
@@ -50,7 +54,6 @@ def fingerprints() -> Iterator[None]:
 @pytest.fixture
 def eval_losses(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[float]], None]:
     """Give evaluations the losses of the test, one after the other."""
-    evaluate = trainer_module.evaluate
 
     def give(losses: list[float]) -> None:
         queue = iter(losses)
@@ -188,6 +191,49 @@ def test_training_leaves_the_global_generator_alone(base: Path, tmp_path: Path) 
     tiny_trainer(base, tmp_path / "run").train()
 
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_a_model_computes_with_the_kept_scales_after_training(base: Path, tmp_path: Path) -> None:
+    trainer = tiny_trainer(base, tmp_path / "run")
+    trainer.train()
+    tuned = load_file(tmp_path / "run" / "adapter_model.safetensors")
+
+    got = logits_of(trainer.model)
+
+    scales = {name: tuned[f"{name}.scales"] for name in trainer.scales.names}
+    # fp32 sums in another order
+    torch.testing.assert_close(got, logits_of(dense_equal(base, scales)), rtol=1e-4, atol=1e-5)
+    assert (got - logits_of(dense_equal(base))).abs().max() > 1e-3
+
+
+def test_another_trainer_of_the_same_model_starts_from_the_base(
+    base: Path, tmp_path: Path, zo: dict[str, Any]
+) -> None:
+    model = qzo.load(base)
+    for name in ("a", "b"):
+        Trainer(model, tiny_recipe(base, tmp_path / name, max_steps=2, zo=zo), RECORDS).train()
+
+    assert journal_steps(tmp_path / "a") == journal_steps(tmp_path / "b")
+    assert qzo.replay(tmp_path / "b").adapter == "equal"
+
+
+def test_the_last_blocks_alone_can_be_trained(tmp_path: Path, zo: dict[str, Any]) -> None:
+    base = tiny_checkpoint(tmp_path / "base", num_layers=3)
+    given = {**zo, "num_blocks": 2}
+    trainer = tiny_trainer(base, tmp_path / "run", zo=given, evaluation=EVALUATION)
+
+    trainer.train()
+
+    stored = load_file(base / "model.safetensors")
+    adapter = load_file(tmp_path / "run" / "adapter_model.safetensors")
+    for key in (key for key in stored if key.endswith(".scales")):
+        is_trained = not key.startswith("model.layers.0.")
+        assert (key in adapter and not torch.equal(adapter[key], stored[key])) == is_trained
+    assert len(json_lines(tmp_path / "run" / "journal.jsonl")[0]["layers"]) == 14
+    assert qzo.replay(tmp_path / "run").adapter == "equal"
+    exported = qzo.export(tmp_path / "run", tmp_path / "out")
+    # rounding the scales to fp16
+    assert exported.exported_loss == pytest.approx(exported.trained_loss, abs=5e-3)
 
 
 # --- resume ---------------------------------------------------------------------------------
@@ -406,11 +452,13 @@ def test_a_step_without_a_finite_loss_moves_nothing_and_is_counted(
     trainer = tiny_trainer(base, tmp_path / "run", max_steps=4, zo=zo)
     with_bad_losses(trainer, lambda step, _: bad if step in (1, 3) else None)
     moved: list[torch.Tensor] = []
-    step = trainer.optimizer.step
-    trainer.optimizer.step = lambda *given: (  # type: ignore[method-assign]  # watched
-        step(*given),
-        moved.append(trainer.scales.values.clone()),
-    )[0]
+    move = trainer.optimizer.step
+
+    def watched(*given: Any) -> None:
+        move(*given)
+        moved.append(trainer.scales.values.clone())
+
+    trainer.optimizer.step = watched  # type: ignore[assignment, method-assign]
 
     result = trainer.train()
 

@@ -9,6 +9,7 @@ from typing import Any
 from unittest.mock import patch
 
 import yaml
+from transformers.utils.logging import disable_progress_bar
 
 from qzo import cli
 
@@ -34,6 +35,8 @@ Run = Callable[..., Ran]
 
 def command(capsys: Any) -> Run:
     """Return ``run(*arguments)``, which runs ``qzo`` with these arguments."""
+
+    disable_progress_bar()  # as TQDM_DISABLE does in a fresh process
 
     def run(*arguments: str | Path) -> Ran:
         capsys.readouterr()

@@ -66,15 +66,18 @@ def write_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def tiny_checkpoint(folder: Path, *, variant: GPTQVariant = VARIANT, gain: float = 1.0) -> Path:
+def tiny_checkpoint(
+    folder: Path, *, variant: GPTQVariant = VARIANT, gain: float = 1.0, num_layers: int = 1
+) -> Path:
     """Write a GPTQ checkpoint with a tokenizer.
 
     Args:
         folder: A new folder.
         variant: What it is like.
         gain: Factor of the output head, and so of every loss difference.
+        num_layers: Decoder blocks.
     """
-    model = tiny_model()
+    model = tiny_model(num_layers=num_layers)
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(gain)
     write_gptq(folder, model, variant)
