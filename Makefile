@@ -23,7 +23,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/codespell
+	git ls-files | xargs $(BIN)/codespell
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
