@@ -26,7 +26,7 @@ BASE, REVIEWS, TUNED, EXPORT = (
 PROMPT = "{text} Sentiment:"
 ANSWERS = (" negative", " positive")
 MIN_SCORE = 1.0  # snippets that the raters found neither good nor bad are left out
-NUM_HELD_OUT = 1000
+NUM_HELD_OUT = 2000
 
 
 def main() -> None:
