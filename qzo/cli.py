@@ -27,8 +27,13 @@ app = typer.Typer(
 
 AsJSON = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
-_stderr = Console(stderr=True, highlight=False)
+_stderr = Console(stderr=True, highlight=False, markup=False, emoji=False)
 _TYPER_INTERRUPTED = 130  # what typer makes of a KeyboardInterrupt, without a word
+
+
+def _console() -> Console:
+    """Return a console that prints text as it is: ``qzo[gptq]`` is no markup."""
+    return Console(highlight=False, markup=False, emoji=False)
 
 
 def main() -> None:
@@ -91,7 +96,7 @@ def _show(value: dict[str, Any], as_json: bool, print_json: Callable[[Any], None
     table = Table(show_header=False, box=None)
     for key, entry in value.items():
         table.add_row(key, f"{entry:.4f}" if isinstance(entry, float) else str(entry))
-    Console(highlight=False).print(table)
+    _console().print(table)
 
 
 @app.command()
@@ -193,7 +198,7 @@ def plan(
     table.add_row(
         "peak", f"{result.peak_bytes / 2**20:,.1f}", f"{result.peak_bytes / 2**30:.2f} GiB"
     )
-    console = Console(highlight=False)
+    console = _console()
     console.print(table)
     for note in result.notes:
         console.print(f"- {note}")
@@ -218,7 +223,7 @@ def doctor(as_json: AsJSON = False) -> None:
             table = Table("check", "status", "found", "what to do")
             for check in report.checks:
                 table.add_row(check.name, check.status, check.detail, check.advice)
-            Console(highlight=False).print(table)
+            _console().print(table)
     if report.status == "fail":
         raise SystemExit(1)
 
@@ -248,7 +253,7 @@ def train(
 
 
 def _show_training(output_dir: str, result: Any) -> None:
-    console = Console(highlight=False)
+    console = _console()
     table = Table("", "loss", "accuracy", "bias-corrected")
     for name, evaluation in (("before", result.before), ("after", result.after)):
         if evaluation is not None:
@@ -260,7 +265,7 @@ def _show_training(output_dir: str, result: Any) -> None:
         f"{result.changed_fraction:.1%} of the scales differ from the base"
     )
     for warning in result.warnings:
-        console.print(f"warning: {warning}", markup=False, soft_wrap=True)
+        console.print(f"warning: {warning}", soft_wrap=True)
     console.print(f"next: qzo export {output_dir} --out NEW_FOLDER")
 
 

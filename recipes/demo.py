@@ -23,8 +23,8 @@ WORK = HERE.parent / "runs" / "demo"
 BASE, REVIEWS, TUNED, EXPORT = (
     WORK / name for name in ("smollm2-gptq-g64", "reviews", "tuned", "exported")
 )
-PROMPT = "{text} Sentiment:"
-ANSWERS = (" negative", " positive")
+PROMPT = "{text} It was"  # the prompt and the answers of MeZO for film reviews
+ANSWERS = (" terrible", " great")
 MIN_SCORE = 1.0  # snippets that the raters found neither good nor bad are left out
 NUM_HELD_OUT = 2000
 
