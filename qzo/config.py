@@ -64,8 +64,8 @@ class Recipe(BaseModel):
     preset: Literal["default", "paper"] = "default"
 
     max_steps: int = Field(default=500, ge=1)
-    learning_rate: float = Field(default=1e-2, gt=0)
-    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "linear"
+    learning_rate: float = Field(default=5e-2, gt=0)
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "cosine"
     warmup_steps: int = Field(default=0, ge=0)
     per_device_train_batch_size: int = Field(default=16, ge=1)
     gradient_accumulation_steps: int = Field(default=1, ge=1)
@@ -88,6 +88,15 @@ class Recipe(BaseModel):
 
     zo: ZOConfig = ZOConfig()
 
+
+# What an estimator takes if the recipe names no learning rate: their steps differ in length.
+# per_example, normalised: recipes/LOG.md; absolute: the QZO paper; the others were not tuned.
+_LEARNING_RATES = {
+    ("per_example", "row"): 5e-2,
+    ("spsa", "row"): 3e-3,
+    ("spsa", "relative"): 1e-3,
+    ("spsa", "absolute"): 1e-7,
+}
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -138,7 +147,10 @@ def recipe(values: Mapping[str, Any]) -> Recipe:
     if not isinstance(zo, Mapping):
         raise ConfigError(f"zo: expected keys and values, got {type(zo).__name__}")
     defaults = PRESETS[preset]
-    merged = {**defaults, **values, "zo": {**defaults.get("zo", {}), **zo}}
+    zo = {**defaults.get("zo", {}), **zo}
+    kind = (zo.get("estimator", "per_example"), zo.get("coordinates", "row"))
+    rate = next((rate for key, rate in _LEARNING_RATES.items() if key == kind), 5e-2)
+    merged = {"learning_rate": rate, **defaults, **values, "zo": zo}
     try:
         result = Recipe.model_validate(merged)
     except ValidationError as error:
