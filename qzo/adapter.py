@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from quantizers.weight import QuantizedWeight
-from qzo.checkpoint import Checkpoint, TensorFiles, write_safetensors
+from qzo.checkpoint import Checkpoint
 from qzo.errors import CheckpointError
 from qzo.files import new_file, read_json, write_json
 from qzo.model import quant_linears
 from qzo.scales import Scales
+from qzo.tensor_files import TensorFiles, write_safetensors
 
 MODEL_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"

@@ -13,13 +13,14 @@ from torch import Tensor
 
 from qzo.adapter import Adapter, check_base, open_adapter, tuned_weight
 from qzo.card import model_card
-from qzo.checkpoint import Checkpoint, TensorFiles, open_checkpoint, write_safetensors
+from qzo.checkpoint import Checkpoint, open_checkpoint
 from qzo.errors import CheckpointError
 from qzo.evaluate import evaluate
 from qzo.files import new_folder, read_json, write_json
 from qzo.model import load_checkpoint, quant_linears
 from qzo.replay import replay
 from qzo.run_folder import read_reference
+from qzo.tensor_files import TensorFiles, write_safetensors
 
 _SKIPPED = {".git", ".cache", "README.md"}
 # Rounding the scales to fp16 moves each weight by at most 2**-11 of its size; a loss moves by far

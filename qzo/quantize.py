@@ -23,12 +23,12 @@ from quantizers.errors import FormatError
 from quantizers.gptq_algorithm import Hessian
 from qzo.blocks import BlockRun, captured_inputs, find_blocks, linear_layers, visit_blocks
 from qzo.calibration import read_calibration_texts, samples_of_model, token_windows
-from qzo.checkpoint import CheckpointWriter
 from qzo.errors import CheckpointError, DataError
 from qzo.files import new_folder, write_json
 from qzo.layer_codes import check_sizes, default_group_size, quantize_layer
 from qzo.quantize_settings import QuantizeSettings, bitsandbytes_config, gptq_config
 from qzo.source import FloatModel, copy_side_files, open_float_model
+from qzo.tensor_files import CheckpointWriter
 
 Progress = Callable[[int, int, str], None]
 

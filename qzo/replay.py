@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from qzo.adapter import Adapter, open_adapter, save_adapter, scale_tensors
-from qzo.checkpoint import Checkpoint, open_checkpoint, tensor_bytes
+from qzo.checkpoint import Checkpoint, open_checkpoint
 from qzo.directions import GENERATOR
 from qzo.errors import CheckpointError
 from qzo.files import new_folder
@@ -16,6 +16,7 @@ from qzo.journal import NAME as JOURNAL_NAME
 from qzo.journal import Fingerprint, Journal, derivatives_of
 from qzo.optimizers import OPTIMIZERS
 from qzo.scales import Scales
+from qzo.tensor_files import tensor_bytes
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qzo.checkpoint import Checkpoint, tensor_bytes
+from qzo.checkpoint import Checkpoint
 from qzo.directions import DirectionName, combine, directions
 from qzo.errors import CheckpointError, ConfigError
 from qzo.linear import EffectiveScales, Live, ProbeScales, QuantLinear, RowMultipliers
 from qzo.probes import DirectionalDerivative, Probe
+from qzo.tensor_files import tensor_bytes
 
 Coordinates = Literal["absolute", "relative", "row"]
 

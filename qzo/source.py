@@ -24,9 +24,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from qzo.checkpoint import TensorFiles, quantization_config
+from qzo.checkpoint import quantization_config
 from qzo.errors import CheckpointError
 from qzo.files import read_json
+from qzo.tensor_files import TensorFiles
 
 _SIDE_FILES = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),

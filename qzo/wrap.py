@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from quantizers import gptq, nf4
-from qzo.checkpoint import Checkpoint, CheckpointWriter, open_checkpoint
+from qzo.checkpoint import Checkpoint, open_checkpoint
 from qzo.errors import CheckpointError
 from qzo.files import new_folder, write_json
 from qzo.linear import Live, QuantLinear
 from qzo.model import decoder_blocks, load_tokenizer, quant_linears
+from qzo.tensor_files import CheckpointWriter
 
 # Names as in GPTQModel 7.3 to 7.6. These modules hold qweight, scales and g_idx as the file has
 # them, and zero points as gptq_v2 stores them, whatever the file has.

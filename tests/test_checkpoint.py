@@ -13,19 +13,16 @@ from support.gptq_files import GPTQVariant, random_layer, write_tensors
 from torch import Tensor
 
 from quantizers.errors import FormatError
-from qzo.checkpoint import (
-    Checkpoint,
+from qzo.checkpoint import Checkpoint, natural_order, open_checkpoint, quantization_config
+from qzo.errors import CheckpointError
+from qzo.files import new_folder
+from qzo.tensor_files import (
     CheckpointWriter,
     TensorFiles,
-    natural_order,
-    open_checkpoint,
-    quantization_config,
     shard_names,
     tensor_bytes,
     write_safetensors,
 )
-from qzo.errors import CheckpointError
-from qzo.files import new_folder
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 import qzo
-from qzo.checkpoint import CheckpointWriter, TensorFiles, open_checkpoint
+from qzo.checkpoint import open_checkpoint
 from qzo.encoding import Candidate, EncodedExample
 from qzo.errors import CheckpointError
 from qzo.examples import ExampleSet
@@ -33,6 +33,7 @@ from qzo.model import quant_linears
 from qzo.probes import Probe
 from qzo.quantize import quantize
 from qzo.quantize_settings import QuantizeSettings
+from qzo.tensor_files import CheckpointWriter, TensorFiles
 from qzo.trainer import Trainer
 from qzo.wrap import wrap
 
