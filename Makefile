@@ -56,11 +56,11 @@ GPTQ_BIN := $(GPTQ_VENV)/bin
 GPTQ_LOADER := transformers==5.23.0 accelerate==1.15.0 optimum==2.3.0 numpy==2.2.6 \
 	defuser==0.0.28 device-smi==0.5.7 logbar==0.4.15 pillow==13.0.0 pypcre==0.6.4 \
 	requests==2.34.2 threadpoolctl==3.8.0 tokenicer==0.0.14
-GPTQ_TESTS := beartype==0.23.1 jaxtyping==0.3.11 pydantic==2.14.3 pytest==9.2.0 PyYAML==6.0.3 \
+GPTQ_TESTS := beartype==0.23.1 jaxtyping==0.3.11 pydantic==2.14.3 pytest==9.2.0 pytest-xdist==3.8.0 PyYAML==6.0.3 \
 	safetensors==0.8.0
 
 test-gptqmodel: $(GPTQ_VENV)/.ready
-	$(GPTQ_BIN)/python -m pytest -m gptqmodel tests/test_gptqmodel.py
+	$(GPTQ_BIN)/python -m pytest -n 0 -m gptqmodel tests/test_gptqmodel.py
 
 $(GPTQ_VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(GPTQ_VENV)
