@@ -34,7 +34,7 @@ class Exported:
 
     Attributes:
         folder: Where.
-        num_changed: Scale tensors that were replaced.
+        num_changed: Scale tensors that come from the run.
         trained_loss: The trained model's loss on the reference examples; None without any.
         exported_loss: The loss of the files that were written.
     """
@@ -61,7 +61,7 @@ def export(run: str | Path, out: str | Path) -> Exported:
     with new_folder(target) as partial:
         _write_files(checkpoint, adapter, partial)
         trained, exported = _compare(folder, partial)
-    return Exported(target, len(checkpoint.layers), trained, exported)
+    return Exported(target, len(adapter.tensors.files), trained, exported)
 
 
 def _write_files(checkpoint: Checkpoint, adapter: Adapter, folder: Path) -> None:
