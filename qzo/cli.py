@@ -1,7 +1,5 @@
 """The command line. Every command takes ``--json`` and exits 0, 1 (one clear line) or 2 (usage)."""
 
-import json
-import math
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -11,11 +9,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from quantizers.errors import FormatError
+from qzo.bench.commands import app as bench
 from qzo.errors import ConfigError, QZOError
+from qzo.terminal import AsJSON, PrintJSON, stderr_console
+from qzo.terminal import console as _console
+from qzo.terminal import stdout_for as _stdout_for
 
 app = typer.Typer(
     name="qzo",
@@ -25,15 +26,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-AsJSON = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+app.add_typer(bench)
 
-_stderr = Console(stderr=True, highlight=False, markup=False, emoji=False)
+_stderr = stderr_console()
 _TYPER_INTERRUPTED = 130  # what typer makes of a KeyboardInterrupt, without a word
-
-
-def _console() -> Console:
-    """Return a console that prints text as it is: ``qzo[gptq]`` is no markup."""
-    return Console(highlight=False, markup=False, emoji=False)
 
 
 def main() -> None:
@@ -68,28 +64,7 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-@contextmanager
-def _stdout_for(as_json: bool) -> Iterator[Callable[[Any], None]]:
-    """Give a function that prints the result; under ``--json`` nothing else reaches stdout."""
-    real = sys.stdout
-    if as_json:
-        sys.stdout = sys.stderr
-    try:
-        yield lambda value: print(json.dumps(_json(value), default=str), file=real)
-    finally:
-        sys.stdout = real
-
-
-def _json(value: Any) -> Any:
-    """Return a value without NaN and infinity, which JSON does not have."""
-    if isinstance(value, dict):
-        return {key: _json(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_json(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _show(value: dict[str, Any], as_json: bool, print_json: Callable[[Any], None]) -> None:
+def _show(value: dict[str, Any], as_json: bool, print_json: PrintJSON) -> None:
     if as_json:
         print_json(value)
         return

@@ -244,8 +244,6 @@ def _random_bytes(count: int, stream: np.random.Philox) -> UInt8[Tensor, " bytes
     return torch.from_numpy(words.view(np.uint8)[:count])
 
 
-def _scales(
-    shape: tuple[int, ...], mean: float, stream: np.random.Philox
-) -> Float[Tensor, "..."]:
+def _scales(shape: tuple[int, ...], mean: float, stream: np.random.Philox) -> Float[Tensor, "..."]:
     spread = np.random.Generator(stream).random(shape, np.float32) * 2 - 1
     return torch.from_numpy(mean * (1 + _SPREAD * spread)).float()

@@ -4,67 +4,86 @@ All of them compute the loss of the same examples as a QZO step does: rows padde
 cache, and the head at the answer positions only.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from quantizers.weight import dequantize
+from qzo.checkpoint import Checkpoint
 from qzo.encoding import EncodedExample
-from qzo.model import quant_linears
 
 Batch = tuple[Int[Tensor, "rows width"], Int[Tensor, "rows answers"], Int[Tensor, "rows answers"]]
 
 
-def make_dense(model: PreTrainedModel) -> PreTrainedModel:
-    """Replace the quantized layers of a model by ``nn.Linear`` with their weights; in place.
+def dense_model(
+    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
+) -> PreTrainedModel:
+    """Build transformers' own model of a 4-bit checkpoint, its codes dequantized.
 
     Args:
-        model: From ``qzo.load``; modified.
+        checkpoint: Gives the codes, the scales and everything else.
+        dtype: Of all weights.
+        device: Where the model goes.
 
     Returns:
-        The same model, all its tensors its own: none is a view of a file.
+        The model in eval mode; none of its tensors is a view of a file.
     """
-    for parameter in model.parameters():  # embeddings, norms, head: may be pages of the file
-        parameter.data = parameter.data.clone()
-    return _replace_linears(model, lambda linear: linear)
+    from accelerate import init_empty_weights
+
+    config = AutoConfig.from_pretrained(checkpoint.folder)
+    del config.quantization_config
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    names = set(model.state_dict())
+    prefix = f"{model.base_model_prefix}."
+    state = {
+        key if key in names else prefix + key: tensor.to(device, dtype, copy=True).contiguous()
+        for key, tensor in _dense_tensors(checkpoint)
+    }
+    model.load_state_dict(state, strict=False, assign=True)
+    model.tie_weights()
+    model.requires_grad_(False)
+    nn.Module.to(model, device)
+    model.eval()
+    return model
 
 
-def make_bitsandbytes(model: PreTrainedModel) -> PreTrainedModel:
-    """Replace the quantized layers of a model by bitsandbytes' ``Linear4bit`` (NF4); in place.
+def _dense_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
+    used: set[str] = set()
+    for layer in checkpoint.layers:
+        yield f"{layer}.weight", dequantize(checkpoint.weight(layer))
+        used |= set(checkpoint.layer_keys(layer).values())
+    for key in checkpoint.tensors.files:
+        if key not in used:
+            yield key, checkpoint.tensors[key]
+
+
+def use_bitsandbytes(model: PreTrainedModel, layers: Iterable[str]) -> PreTrainedModel:
+    """Replace linear layers of a dense model by bitsandbytes' ``Linear4bit`` (NF4), in place.
 
     The weights are quantized anew, in blocks of 64. On processors with AVX512-BF16 bitsandbytes
     repacks the codes at the first forward and multiplies in bfloat16, whatever ``compute_dtype``
     says; that is left as it is.
 
     Args:
-        model: From ``qzo.load``; modified.
+        model: From ``dense_model``; modified.
+        layers: Dotted names of the layers.
     """
-    return _replace_linears(model, _linear4bit)
+    for name in layers:
+        model.set_submodule(name, _linear4bit(model.get_submodule(name)))
+    return model
 
 
-def _replace_linears(
-    model: PreTrainedModel, convert: Callable[[nn.Linear], nn.Module]
-) -> PreTrainedModel:
-    names = {id(module): name for name, module in model.named_modules()}
-    for layer in quant_linears(model):
-        weight = dequantize(layer.quantized).to(model.dtype).contiguous()
-        linear = nn.Linear(1, 1, bias=False, device="meta")
-        linear.in_features, linear.out_features = layer.in_features, layer.out_features
-        linear.weight = nn.Parameter(weight, requires_grad=False)
-        if layer.bias is not None:
-            linear.bias = nn.Parameter(layer.bias.clone(), requires_grad=False)
-        model.set_submodule(names[id(layer)], convert(linear))
-    return model.eval()
+def _linear4bit(linear: Any) -> nn.Module:
+    import bitsandbytes
 
-
-def _linear4bit(linear: nn.Linear) -> nn.Module:
-    from bitsandbytes.nn import Linear4bit, Params4bit
-
+    modules: Any = bitsandbytes.nn  # untyped
     has_bias = linear.bias is not None
-    layer = Linear4bit(
+    layer = modules.Linear4bit(
         linear.in_features,
         linear.out_features,
         bias=has_bias,
@@ -73,7 +92,7 @@ def _linear4bit(linear: nn.Linear) -> nn.Module:
         quant_type="nf4",
         device="meta",
     )
-    layer.weight = Params4bit(
+    layer.weight = modules.Params4bit(
         linear.weight.data, requires_grad=False, compress_statistics=False, quant_type="nf4"
     )
     if has_bias:
@@ -111,7 +130,7 @@ def two_forwards(model: PreTrainedModel, batch: Batch) -> tuple[float, float]:
 
 
 class MeZO:
-    """MeZO on all weights of a dense model (arXiv 2305.17333, algorithm 1), with a batch of its own.
+    """MeZO on all weights of a dense model (arXiv 2305.17333, algorithm 1).
 
     ``w <- w + eps z; L+; w <- w - 2 eps z; L-; w <- w + eps z; w <- w - lr (L+ - L-) / (2 eps) z``.
     The normals ``z`` are drawn again from the seed in each of the four passes, one parameter after

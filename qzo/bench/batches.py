@@ -35,9 +35,7 @@ def row_lengths(num_tokens: int, max_row_tokens: int) -> tuple[int, ...]:
     return (length,) * (num_tokens // length)
 
 
-def random_examples(
-    lengths: Sequence[int], vocab_size: int, seed: int = 0
-) -> list[EncodedExample]:
+def random_examples(lengths: Sequence[int], vocab_size: int, seed: int = 0) -> list[EncodedExample]:
     """Draw one example for every length."""
     generator = np.random.Generator(np.random.Philox(key=[seed, len(lengths)]))
     return [_example(generator.integers(vocab_size, size=n + 1).tolist()) for n in lengths]

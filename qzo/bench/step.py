@@ -25,17 +25,18 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from qzo.bench.baselines import MeZO, as_batch, make_bitsandbytes, make_dense, two_forwards
+from qzo.bench.baselines import MeZO, as_batch, dense_model, two_forwards, use_bitsandbytes
 from qzo.bench.batches import ANSWER_TOKENS, MIXED_LENGTHS, random_examples, row_lengths
 from qzo.bench.clock import Ratio, interleaved, ratio
 from qzo.bench.machine import hardware, versions
 from qzo.bench.parts import PARTS, Stopwatch, timed
+from qzo.checkpoint import open_checkpoint
 from qzo.config import recipe
 from qzo.encoding import EncodedExample
 from qzo.errors import ConfigError
 from qzo.examples import from_encoded
 from qzo.journal import NAME, Journal
-from qzo.model import load, quant_linears
+from qzo.model import load_checkpoint, quant_linears
 from qzo.trainer import Trainer
 
 Progress = Callable[[str], None]
@@ -200,12 +201,12 @@ class _Bench:
         self.device = torch.device(settings.device)
         self._settings = settings
 
-        def loaded() -> PreTrainedModel:
-            return load(checkpoint, getattr(torch, settings.dtype), self.device)
-
-        self._model = loaded()
-        self._dense = make_dense(loaded())
-        self._bitsandbytes = make_bitsandbytes(loaded())
+        dtype: torch.dtype = getattr(torch, settings.dtype)
+        opened = open_checkpoint(checkpoint)
+        self._model = load_checkpoint(opened, dtype, self.device)
+        self._dense = dense_model(opened, dtype, self.device)
+        copy = dense_model(opened, dtype, self.device)
+        self._bitsandbytes = use_bitsandbytes(copy, opened.layers)
         self._mezo = MeZO(self._dense)
 
     def batch(self, num_tokens: int, folder: Path) -> dict[str, Any]:

@@ -1,0 +1,251 @@
+"""The commands under ``qzo bench``."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from qzo.errors import ConfigError
+from qzo.terminal import AsJSON, console, stderr_console, stdout_for
+
+app = typer.Typer(
+    name="bench",
+    help="Measure time and memory on this computer, against what you would run instead.",
+    no_args_is_help=True,
+)
+
+_GIB = 2**30
+
+Folder = Annotated[
+    Path | None,
+    typer.Option("--dir", help="Synthetic checkpoints are kept here; the user's cache if missing."),
+]
+Coordinates = Annotated[str, typer.Option(help="row, relative or absolute.")]
+Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+Format = Annotated[str, typer.Option(help="Of a synthetic checkpoint: gptq or nf4.")]
+GroupSize = Annotated[
+    int | None, typer.Option(help="Of a synthetic checkpoint; 128 where it fits, else 64.")
+]
+
+
+@app.command()
+def step(
+    model: Annotated[
+        str | None, typer.Option(help="A 4-bit checkpoint; random codes if missing.")
+    ] = None,
+    shape: Annotated[str, typer.Option(help="Of the random codes.")] = "smollm2-135m",
+    tokens: Annotated[str, typer.Option(help="Batch tokens at one probe.")] = "32,128,512,2048",
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds; each runs everything once.")] = 7,
+    row_tokens: Annotated[int, typer.Option(help="Tokens of a row, at most.")] = 128,
+    coordinates: Coordinates = "row",
+    dtype: Annotated[str, typer.Option(help="Of activations and dense weights.")] = "float32",
+    device: Device = "cpu",
+    format: Format = "gptq",
+    group_size: GroupSize = None,
+    folder: Folder = None,
+    as_json: AsJSON = False,
+) -> None:
+    """Time a step against dense weights, MeZO and bitsandbytes.
+
+    A step is one of `qzo train`: both probes, the journal, the update. Beside it, on the same
+    tokens and the same loss: two forwards with dense weights; a MeZO step, which perturbs all dense
+    weights in place; two forwards through bitsandbytes' Linear4bit. Batches are rows of up to
+    --row-tokens random tokens of which the last 4 are the answer; the head sees only that, in all
+    of them. Ratios are those of medians; in brackets the smallest and largest of one round.
+    """
+    from qzo.bench.step import StepSettings, bench_step
+
+    settings = StepSettings(
+        tokens=_numbers("--tokens", tokens),
+        repeats=repeats,
+        row_tokens=row_tokens,
+        coordinates=coordinates,
+        device=device,
+        dtype=dtype,
+    )
+    with stdout_for(as_json) as print_json, _progress() as progress:
+        checkpoint = model or _synthetic(shape, format, group_size, folder, progress)
+        result = bench_step(checkpoint, settings, progress)
+        if as_json:
+            print_json(result)
+            return
+    _show_step(result)
+
+
+@app.command()
+def memory(
+    shape: Annotated[str, typer.Option(help="Random codes of this shape.")] = "llama-2-13b",
+    model: Annotated[str | None, typer.Option(help="A 4-bit checkpoint instead.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples of a step.")] = 1,
+    seq_len: Annotated[int, typer.Option(min=4, help="Tokens of an example.")] = 128,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the run.")] = 1,
+    memory_limit: Annotated[str | None, typer.Option(help="As in a recipe: 2.5GiB.")] = None,
+    coordinates: Coordinates = "row",
+    dtype: Annotated[str | None, typer.Option(help="As in a recipe.")] = None,
+    device: Device = "cpu",
+    format: Format = "gptq",
+    group_size: GroupSize = None,
+    folder: Folder = None,
+    as_json: AsJSON = False,
+) -> None:
+    """Train in a fresh process; show its memory and time against the plan.
+
+    The run is one of `qzo train`, on random tokens: journal, snapshots and adapter included. Peak
+    resident is what the kernel kept (VmHWM) and counts pages of the mapped checkpoint; peak
+    anonymous is sampled every 5 ms and does not. Products alone: the same matrix products with
+    dense float32 operands in memory. Losses are shown bit for bit, to compare two runs.
+    """
+    from qzo.bench.memory import bench_memory
+    from qzo.bench.training_run import RunSettings
+
+    with stdout_for(as_json) as print_json, _progress() as progress:
+        checkpoint = model or _synthetic(shape, format, group_size, folder, progress)
+        settings = RunSettings(
+            checkpoint,
+            batch_size=batch_size,
+            seq_len=seq_len,
+            steps=steps,
+            coordinates=coordinates,
+            memory_limit=memory_limit,
+            dtype=dtype,
+            device=device,
+        )
+        progress("training")
+        result = bench_memory(settings)
+        if as_json:
+            print_json(result)
+            return
+    _show_memory(result)
+
+
+@app.command()
+def scaling(
+    out: Annotated[Path, typer.Option(help="The plot.")] = Path("scaling.png"),
+    layers: Annotated[str, typer.Option(help="Decoder blocks.")] = "4,8,16,32",
+    tokens: Annotated[str, typer.Option(help="Batch tokens at one probe.")] = "128,256,512,1024",
+    probes: Annotated[str, typer.Option(help="Probes of a step.")] = "2,4,8,16",
+    steps: Annotated[int, typer.Option(min=1, help="Steps of a run; the median counts.")] = 5,
+    folder: Folder = None,
+    as_json: AsJSON = False,
+) -> None:
+    """Show how time and memory of a step grow with layers, tokens and probes.
+
+    One is varied at a time, around 8 layers of width 512, 256 tokens in rows of 64, and 2 probes;
+    every point is a training run in a fresh process. A line is fitted through each series.
+    """
+    from qzo.bench.scaling import bench_scaling, measure_apart, plot_scaling
+
+    series = {
+        "layers": _numbers("--layers", layers),
+        "tokens": _numbers("--tokens", tokens),
+        "probes": _numbers("--probes", probes),
+    }
+    with stdout_for(as_json) as print_json, _progress() as progress:
+        result = bench_scaling(measure_apart(folder, steps), series, progress)
+        plot_scaling(result, out)
+        if as_json:
+            print_json({**result, "plot": str(out)})
+            return
+    _show_scaling(result)
+    console().print(f"plot: {out}")
+
+
+def _numbers(flag: str, text: str) -> tuple[int, ...]:
+    """Read ``32,128,512``.
+
+    Raises:
+        ConfigError: It is no list of positive numbers.
+    """
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        raise ConfigError(
+            f"{flag}: expected numbers above 0 with commas between them, got {text!r}"
+        )
+    return tuple(map(int, parts))
+
+
+def _synthetic(
+    shape: str,
+    format_name: str,
+    group_size: int | None,
+    folder: Path | None,
+    progress: Callable[[str], None],
+) -> str:
+    from qzo.synthetic import Synthetic, synthetic_checkpoint
+
+    what = Synthetic(shape, format_name, group_size)
+    progress(f"checkpoint {what.name}")
+    return str(synthetic_checkpoint(what, folder))
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str], None]]:
+    terminal = stderr_console()
+    with terminal.status("starting") as status:
+        yield status.update
+
+
+def _show_step(result: dict[str, Any]) -> None:
+    entries = result["tokens"]
+    references = ("dense", "mezo", "bitsandbytes", "separate")
+    ratios = Table("tokens", *(f"vs {name}" for name in references), "seconds")
+    parts = Table("tokens", *next(iter(entries.values()))["parts"])
+    for count, entry in entries.items():
+        shown = [_ratio(entry, f"vs_{name}") for name in references]
+        ratios.add_row(count, *shown, f"{entry['seconds']['qzo']:.3f}")
+        parts.add_row(count, *(f"{seconds:.4f}" for seconds in entry["parts"].values()))
+    terminal = console()
+    terminal.print(f"{result['checkpoint']}, {_machine(result)}")
+    terminal.print(ratios)
+    terminal.print("seconds of a step by part")
+    terminal.print(parts)
+    mixed = result["mixed_vs_equal"]
+    terminal.print(f"rows of mixed length / equal rows: {_ratio(mixed, 'ratio')}")
+
+
+def _ratio(entry: dict[str, Any], name: str) -> str:
+    lowest, highest = entry["spread"][name]
+    return f"{entry[name]:.2f} ({lowest:.2f} to {highest:.2f})"
+
+
+def _show_memory(result: dict[str, Any]) -> None:
+    table = Table(show_header=False, box=None)
+    for name in ("peak_resident", "peak_anonymous", "peak_file_backed", "predicted"):
+        table.add_row(name.replace("_", " "), f"{result[name] / _GIB:.3f} GiB")
+    table.add_row("resident / predicted", f"{result['resident_vs_predicted']:.3f}")
+    table.add_row("start to first layer", f"{result['first_layer_seconds']:.1f} s")
+    for number, seconds in enumerate(result["step_seconds"]):
+        losses = ", ".join(f"{loss!r}" for loss in result["losses"][number])
+        table.add_row(f"step {number}", f"{seconds:.2f} s; losses {losses}")
+    table.add_row("products alone", f"{result['products_seconds']:.2f} s")
+    table.add_row("step / products", f"{result['step_vs_products']:.2f}")
+    terminal = console()
+    terminal.print(f"{result['settings']['checkpoint']}, {_machine(result)}")
+    terminal.print(table)
+
+
+def _show_scaling(result: dict[str, Any]) -> None:
+    table = Table("", "x", "seconds a step", "resident MiB", "anonymous MiB")
+    fits = Table("", "of", "each more", "at 0", "R²")
+    for name, series in result["series"].items():
+        for place, x in enumerate(series["x"]):
+            sizes = (series[key][place] / 2**20 for key in ("peak_resident", "peak_anonymous"))
+            seconds = f"{series['seconds_per_step'][place]:.3f}"
+            table.add_row(name, str(x), seconds, *(f"{size:.1f}" for size in sizes))
+        for quantity, fit in series["fit"].items():
+            numbers = (f"{fit[key]:.4g}" for key in ("slope", "intercept", "r_squared"))
+            fits.add_row(name, quantity.replace("_", " "), *numbers)
+    terminal = console()
+    terminal.print(_machine(result))
+    terminal.print(table)
+    terminal.print("fitted lines, in seconds and bytes")
+    terminal.print(fits)
+
+
+def _machine(result: dict[str, Any]) -> str:
+    hardware, versions = result["hardware"], result["versions"]
+    where = hardware.get("gpu") or f"{hardware['processor']}, {hardware['threads']} threads"
+    return f"{where}, torch {versions['torch']}, qzo {versions['qzo']}"

@@ -1,0 +1,106 @@
+"""``qzo bench memory``: a training run in a fresh process, against what ``qzo plan`` predicts.
+
+The products alone are what no way of computing the step gets around: one product of all its tokens
+with every quantized layer's matrix, dense, in float32, the operands in memory. Each shape is timed
+by itself and counted as often as the model has it.
+"""
+
+from collections import Counter
+from dataclasses import asdict
+from statistics import median
+from typing import Any
+
+import torch
+
+from qzo.bench.batches import ANSWER_TOKENS
+from qzo.bench.clock import interleaved
+from qzo.bench.machine import hardware, versions
+from qzo.bench.training_run import RunSettings, run_apart
+from qzo.checkpoint import open_checkpoint
+from qzo.files import read_json
+from qzo.parts import DTYPES
+from qzo.planner import Plan, plan
+from qzo.shapes import build_skeleton, head_name, linear_shapes
+
+PRODUCT_REPEATS = 3
+
+
+def bench_memory(settings: RunSettings) -> dict[str, Any]:
+    """Measure a run.
+
+    Returns:
+        Sizes in bytes and times in seconds: ``peak_resident``, ``peak_anonymous``,
+        ``peak_file_backed``; ``predicted`` with ``resident_vs_predicted``; ``first_layer_seconds``,
+        ``step_seconds``, ``products_seconds`` and ``step_vs_products``; ``losses`` and, bit for
+        bit, ``losses_hex``.
+    """
+    predicted = predict(settings)
+    result = run_apart(settings)
+    num_tokens = predicted.workload.num_rows * settings.seq_len
+    products = products_seconds(settings, num_tokens)
+    peaks = result.peaks
+    return {
+        "settings": asdict(settings),
+        "peak_resident": peaks.resident,
+        "peak_anonymous": peaks.anonymous,
+        "peak_file_backed": peaks.file_backed,
+        "predicted": predicted.peak_bytes,
+        "resident_vs_predicted": peaks.resident / predicted.peak_bytes,
+        "first_layer_seconds": result.first_layer_seconds,
+        "step_seconds": list(result.step_seconds),
+        "products_seconds": products,
+        "step_vs_products": median(result.step_seconds) / products,
+        "losses": [list(losses) for losses in result.losses],
+        "losses_hex": [[loss.hex() for loss in losses] for losses in result.losses],
+        "hardware": hardware(torch.device(settings.device)),
+        "versions": versions(),
+    }
+
+
+def predict(settings: RunSettings) -> Plan:
+    """Return what ``qzo plan`` says about the same workload."""
+    checkpoint = open_checkpoint(settings.checkpoint)
+    default = "float32" if settings.device == "cpu" else str(checkpoint.config["torch_dtype"])
+    return plan(
+        checkpoint.folder,
+        batch_size=settings.batch_size,
+        seq_len=settings.seq_len,
+        answer_len=ANSWER_TOKENS,
+        coordinates=settings.coordinates,
+        num_probes=settings.num_probes,
+        dtype=settings.dtype or default,
+    )
+
+
+def products_seconds(settings: RunSettings, num_tokens: int) -> float:
+    """Time the dense products of all layers but the head.
+
+    Args:
+        settings: Names the checkpoint and the device.
+        num_tokens: Rows of each product: the tokens at all probes.
+    """
+    config = read_json(open_checkpoint(settings.checkpoint).folder / "config.json")
+    skeleton = build_skeleton(config, DTYPES["float32"])
+    head = head_name(skeleton)
+    counts = Counter(
+        (layer.out_features, layer.in_features)
+        for layer in linear_shapes(skeleton)
+        if layer.name != head
+    )
+    device = torch.device(settings.device)
+    return sum(
+        count * _product_seconds(*sizes, num_tokens, device) for sizes, count in counts.items()
+    )
+
+
+def _product_seconds(
+    out_features: int, in_features: int, num_tokens: int, device: torch.device
+) -> float:
+    weight = torch.full((out_features, in_features), 0.5, device=device)
+    inputs = torch.full((num_tokens, in_features), 0.5, device=device)
+    outputs = torch.empty(num_tokens, out_features, device=device)
+
+    def product() -> None:
+        torch.mm(inputs, weight.T, out=outputs)
+
+    return median(interleaved({"product": product}, PRODUCT_REPEATS, device)["product"])
