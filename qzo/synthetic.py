@@ -163,11 +163,12 @@ def _write(folder: Path, what: Synthetic, max_shard_bytes: int) -> None:
 
 
 def _num_bytes(skeleton: PreTrainedModel, what: Synthetic) -> int:
-    """Return about how many bytes the tensors have: half a byte a code, 4 a scale, else 2."""
+    """Return about how many bytes the tensors have: half a byte a code, 16 bits what has none."""
     coded = sum(x.in_features * x.out_features for x in _coded(skeleton).values())
     total = sum(parameter.numel() for parameter in skeleton.parameters())
     group_size = what.settings.group_size or 1
-    return 2 * (total - coded) + coded // 2 + 4 * coded // group_size
+    group_bits = 32 if what.format == "nf4" else 16 + _BITS  # scale, and zero point
+    return 2 * (total - coded) + coded // 2 + group_bits * coded // (8 * group_size)
 
 
 def _coded(skeleton: PreTrainedModel) -> dict[str, LinearShape]:

@@ -161,9 +161,7 @@ def _numbers(flag: str, text: str) -> tuple[int, ...]:
     """
     parts = text.split(",")
     if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
-        raise ConfigError(
-            f"{flag}: expected numbers above 0 with commas between them, got {text!r}"
-        )
+        raise ConfigError(f"{flag}: expected numbers above 0, such as 32,128, got {text!r}")
     return tuple(map(int, parts))
 
 
