@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from support.runs import json_lines
 from transformers import PreTrainedModel
 
 from quantizers.gptq import GPTQWeight
-from qzo.bench import memory, parts, scaling, training_run
+from qzo.bench import memory, scaling, training_run
 from qzo.bench.baselines import MeZO, answer_loss, as_batch, dense_model, use_bitsandbytes
 from qzo.bench.batches import ANSWER_TOKENS, MIXED_LENGTHS, random_examples, row_lengths
 from qzo.bench.clock import interleaved, ratio
@@ -252,7 +253,7 @@ def test_stacked_and_separate_probes_have_the_same_losses(
 def test_contenders_take_turns_and_the_order_rotates() -> None:
     calls: list[str] = []
 
-    seconds = interleaved({name: lambda n=name: calls.append(n) for name in "abc"}, 3, CPU)
+    seconds = interleaved({name: partial(calls.append, name) for name in "abc"}, 3, CPU)
 
     assert "".join(calls) == "abc" + "abc" + "bca" + "cab"
     assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3, "c": 3}
@@ -266,7 +267,7 @@ def test_a_ratio_is_that_of_medians_with_the_spread_of_rounds() -> None:
 
 def test_a_part_does_not_contain_the_parts_inside_it(monkeypatch: pytest.MonkeyPatch) -> None:
     now = iter([0.0, 1.0, 3.0, 4.0, 9.0, 16.0])
-    monkeypatch.setattr(parts.time, "perf_counter", lambda: next(now))
+    monkeypatch.setattr("qzo.bench.parts.time.perf_counter", lambda: next(now))
     watch = Stopwatch(CPU)
 
     with watch.part("outer"):  # from 0 to 16
