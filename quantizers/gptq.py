@@ -15,6 +15,7 @@ Source: AutoGPTQ 9f7d370, ``auto_gptq/nn_modules/qlinear/qlinear_cuda.py``; GPTQ
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -136,27 +137,38 @@ class GPTQWeight:
         return self.file_scales.T
 
     def decode(self, rows: slice, buffer: Float[Tensor, " n"]) -> Float[Tensor, "rows in"]:
-        """Write ``codes - zeros`` of some rows into the buffer; see ``QuantizedWeight``."""
+        """Return ``codes - zeros`` of some rows; see ``QuantizedWeight``."""
         words = self.qweight[:, rows]
-        decoded = buffer[: self.in_features * words.shape[1]].view(self.in_features, -1)
-        packing.unpack_into(words, self.bits, decoded)
+        if not packing.has_fused_unpack(self.bits, words.device):
+            return self._decode_into(words, rows, buffer)
         if isinstance(self.zeros, int):
-            return decoded.sub_(self.zeros).T
-        self._by_group(decoded).sub_(self._expand(self.zeros[:, rows]))
-        return decoded.T
+            return packing.unpack_affine(words, self.bits, 1.0, -self.zeros, 1)
+        if self._has_whole_words():
+            biases = self.zeros[:, rows].to(torch.float16).neg_()
+            return packing.unpack_affine(words, self.bits, 1.0, biases, len(self.zeros))
+        codes = packing.unpack_affine(words, self.bits, 1.0, 0.0, 1)
+        return self._by_group(codes).sub_(self._expand(self.zeros[:, rows].T)).view(codes.shape)
+
+    def dequantize(self, rows: slice, buffer: Float[Tensor, " n"]) -> Float[Tensor, "rows in"]:
+        """Return some rows with the scales of the file; see ``QuantizedWeight``."""
+        words, scales = self.qweight[:, rows], self.file_scales[:, rows]
+        is_fused = packing.has_fused_unpack(self.bits, words.device) and self._has_exact_biases
+        if not is_fused:
+            return self.apply_scales(self.decode(rows, buffer), self.scales.float(), rows, None)
+        return packing.unpack_affine(words, self.bits, scales, scales * -self.zeros, len(scales))
 
     def apply_scales(
         self,
         decoded: Float[Tensor, "rows in"],
         scales: Float[Tensor, "out groups"],
         rows: slice,
-        buffer: Float[Tensor, " n"],
+        buffer: Float[Tensor, " n"] | None,
     ) -> Float[Tensor, "rows in"]:
         """Multiply decoded rows by their scales; see ``QuantizedWeight``."""
-        product = buffer[: decoded.numel()].view(self.in_features, -1)
-        group_scales = self._expand(scales[rows].T)
-        torch.mul(self._by_group(decoded.T), group_scales, out=self._by_group(product))
-        return product.T
+        product = decoded if buffer is None else buffer[: decoded.numel()].view(decoded.shape)
+        group_scales = self._expand(scales[rows])
+        torch.mul(self._by_group(decoded), group_scales, out=self._by_group(product))
+        return product
 
     def to(self, device: torch.device) -> "GPTQWeight":
         """Return the same weight with its tensors on another device."""
@@ -169,16 +181,45 @@ class GPTQWeight:
             group_index=index,
         )
 
-    def _by_group(self, matrix: Float[Tensor, "in rows"]) -> Float[Tensor, "..."]:
+    def _decode_into(
+        self, words: Int[Tensor, "packed rows"], rows: slice, buffer: Float[Tensor, " n"]
+    ) -> Float[Tensor, "rows in"]:
+        """Write ``codes - zeros`` into the buffer, inputs first, with elementary operations."""
+        decoded = buffer[: self.in_features * words.shape[1]].view(self.in_features, -1)
+        packing.unpack_into(words, self.bits, decoded)
+        if isinstance(self.zeros, int):
+            return decoded.sub_(self.zeros).T
+        self._by_group(decoded.T).sub_(self._expand(self.zeros[:, rows].T))
+        return decoded.T
+
+    def _has_whole_words(self) -> bool:
+        """Return whether groups are consecutive and begin at a word."""
+        codes_per_word = 32 // self.bits
+        group_size = self.in_features // len(self.file_scales)
+        return self.group_index is None and group_size % codes_per_word == 0
+
+    @cached_property
+    def _has_exact_biases(self) -> bool:
+        """Whether ``-zero * scale`` fits fp16: one zero point that is a power of two."""
+        zero = self.zeros if isinstance(self.zeros, int) else 0
+        limit = torch.finfo(torch.float16)
+        return (
+            self._has_whole_words()
+            and self.file_scales.dtype == torch.float16
+            and zero.bit_count() == 1
+            and bool(self.file_scales.abs().max() * zero <= limit.max)
+        )
+
+    def _by_group(self, matrix: Float[Tensor, "rows in"]) -> Float[Tensor, "..."]:
         if self.group_index is not None:
             return matrix
-        groups = self.file_scales.shape[0]
-        return matrix.view(groups, self.in_features // groups, -1)
+        by_group: Tensor = matrix.unflatten(1, (len(self.file_scales), -1))
+        return by_group
 
-    def _expand(self, values: Shaped[Tensor, "groups rows"]) -> Shaped[Tensor, "..."]:
+    def _expand(self, values: Shaped[Tensor, "rows groups"]) -> Shaped[Tensor, "..."]:
         if self.group_index is not None:
-            return values[self.group_index]
-        return values[:, None]
+            return values[:, self.group_index]
+        return values[..., None]
 
 
 def unpack(tensors: Mapping[str, Tensor], spec: GPTQSpec, layer: str) -> GPTQWeight:

@@ -17,6 +17,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from typing import Any, TypeGuard
 
 import torch
@@ -31,6 +32,7 @@ SCALE_ROLES = frozenset({"absmax", "nested_absmax", "nested_quant_map", "quant_s
 
 _STATE_MARK = ".weight.quant_state.bitsandbytes__"
 _STATE_BYTES_MAX = 4096
+_FUSED_BLOCKS = (32, 64, 128, 256, 512, 1024)  # larger ones are less accurate there on AVX512
 _NESTED_FIELDS = ("nested_blocksize", "nested_dtype", "nested_offset")
 
 
@@ -99,7 +101,10 @@ class NF4Weight:
         return self.absmax.view(1 if self.blocks_cross_rows else self.out_features, -1)
 
     def decode(self, rows: slice, buffer: Float[Tensor, " n"]) -> Float[Tensor, "rows in"]:
-        """Write ``codebook[codes]`` of some rows into the buffer; see ``QuantizedWeight``."""
+        """Return ``codebook[codes]`` of some rows; see ``QuantizedWeight``."""
+        if self._is_fused:
+            ones = self.absmax.new_ones((rows.stop - rows.start) * self._blocks_per_row)
+            return self._fused(rows, ones)
         start, stop = rows.start * self.in_features, rows.stop * self.in_features
         data = self.packed[start // 2 : -(-stop // 2)]
         halves = torch.stack((data >> 4, data & 15), dim=1).view(-1)[start % 2 :][: stop - start]
@@ -107,15 +112,21 @@ class NF4Weight:
         torch.index_select(self.codebook, 0, halves.to(torch.int32), out=decoded)
         return decoded.view(-1, self.in_features)
 
+    def dequantize(self, rows: slice, buffer: Float[Tensor, " n"]) -> Float[Tensor, "rows in"]:
+        """Return some rows with the scales of the file; see ``QuantizedWeight``."""
+        if self._is_fused:
+            return self._fused(rows, self.scales[rows].reshape(-1))
+        return self.apply_scales(self.decode(rows, buffer), self.scales, rows, None)
+
     def apply_scales(
         self,
         decoded: Float[Tensor, "rows in"],
         scales: Float[Tensor, "out groups"],
         rows: slice,
-        buffer: Float[Tensor, " n"],
+        buffer: Float[Tensor, " n"] | None,
     ) -> Float[Tensor, "rows in"]:
         """Multiply decoded rows by their scales; see ``QuantizedWeight``."""
-        product = buffer[: decoded.numel()]
+        product = decoded.view(-1) if buffer is None else buffer[: decoded.numel()]
         if self.blocks_cross_rows:
             start = rows.start * self.in_features
             blocks = torch.arange(start, start + decoded.numel(), device=scales.device)
@@ -134,6 +145,56 @@ class NF4Weight:
             codebook=self.codebook.to(device),
             absmax=self.absmax.to(device),
         )
+
+    @property
+    def _blocks_per_row(self) -> int:
+        return self.in_features // self.blocksize
+
+    @cached_property
+    def _is_fused(self) -> bool:
+        """Whether bitsandbytes' operator reads these codes as this class does."""
+        return (
+            self.packed.device.type == "cpu"
+            and not self.blocks_cross_rows
+            and self.blocksize in _FUSED_BLOCKS
+            and _fused_quant_type(tuple(self.codebook.tolist())) is not None
+        )
+
+    def _fused(self, rows: slice, absmax: Float[Tensor, " blocks"]) -> Float[Tensor, "rows in"]:
+        bytes_per_row = self.in_features // 2
+        data = self.packed[rows.start * bytes_per_row : rows.stop * bytes_per_row]
+        quant_type = _fused_quant_type(tuple(self.codebook.tolist()))
+        assert quant_type is not None
+        return _dequantize_4bit(data, absmax, self.blocksize, quant_type, self.in_features)
+
+
+@lru_cache(maxsize=8)
+def _fused_quant_type(codebook: tuple[float, ...]) -> str | None:
+    """Return what bitsandbytes calls this codebook, if its operator computes with it, or None."""
+    all_codes = torch.arange(16, dtype=torch.uint8).repeat(2).view(-1, 2)
+    data = all_codes[:, 0] << 4 | all_codes[:, 1]
+    for quant_type in ("nf4", "fp4"):
+        values = _dequantize_4bit(data, torch.ones(1), 32, quant_type, 32)
+        if values[0, :16].tolist() == list(codebook):
+            return quant_type
+    return None
+
+
+def _dequantize_4bit(
+    data: UInt8[Tensor, " bytes"],
+    absmax: Float[Tensor, " blocks"],
+    blocksize: int,
+    quant_type: str,
+    in_features: int,
+) -> Float[Tensor, "rows in"]:
+    """Return ``codebook[codes] * absmax`` by bitsandbytes' operator."""
+    import bitsandbytes  # noqa: F401  # defines the operator
+
+    shape = (2 * len(data) // in_features, in_features)
+    result: Tensor = torch.ops.bitsandbytes.dequantize_4bit(
+        data, absmax, blocksize, quant_type, shape, torch.float32
+    )
+    return result
 
 
 def unpack(tensors: Mapping[str, Tensor], spec: NF4Spec, layer: str) -> NF4Weight:

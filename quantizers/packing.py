@@ -8,7 +8,7 @@ Source: AutoGPTQ 9f7d370, ``auto_gptq/nn_modules/qlinear/qlinear_cuda.py`` (layo
 """
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float16, Int, Shaped
 from torch import Tensor
 
 from quantizers.errors import FormatError
@@ -54,6 +54,48 @@ def _unpack_runs(
         if shift + bits > 32:  # the rest of a 3-bit element is in the next word
             values = (values & (2 ** (32 - shift) - 1)) | (runs[:, word + 1] << (32 - shift))
         out[:, element] = values.bitwise_and_(mask)
+
+
+_FUSED_UNPACK = {  # codes of 2 and 4 bits: rows of codes, then an fp16 scale and an fp16 bias
+    2: torch.ops.quantized.embedding_bag_2bit_unpack,
+    4: torch.ops.quantized.embedding_bag_4bit_unpack,
+}
+
+
+def has_fused_unpack(bits: int, device: torch.device) -> bool:
+    """Return whether ``unpack_affine`` can be used."""
+    return bits in _FUSED_UNPACK and device.type == "cpu"
+
+
+def unpack_affine(
+    words: Int[Tensor, "packed columns"],
+    bits: int,
+    scales: float | Float16[Tensor, "groups columns"],
+    biases: float | Shaped[Tensor, "groups columns"],
+    groups: int,
+) -> Float[Tensor, "columns elements"]:
+    """Return ``scale * element + bias`` of packed columns as fp32 rows, in one pass.
+
+    torch's operator for quantized embedding tables does the work. It reads rows of codes that end
+    in an fp16 scale and an fp16 bias; product and sum are fused, and rounded once. Each group of a
+    column is such a row, so the words are copied once, transposed.
+
+    Args:
+        words: Whole words per group; not modified.
+        bits: 2 or 4; see ``has_fused_unpack``.
+        scales: In fp16.
+        biases: Must fit fp16 exactly.
+        groups: Equal parts of a column, each with a scale and a bias.
+    """
+    columns, width = words.shape[1], words.shape[0] // groups
+    rows = words.new_empty(columns, groups, width + 1)
+    rows[..., :width] = words.T.contiguous().view(columns, groups, width)
+    ends = rows.view(torch.float16)[..., -2:]
+    for place, values in enumerate((scales, biases)):
+        ends[..., place] = values.T if isinstance(values, Tensor) else values
+    flat = rows.view(torch.uint8).view(columns * groups, -1)
+    result: Tensor = _FUSED_UNPACK[bits](flat)
+    return result.view(columns, -1)
 
 
 def pack(values: Int[Tensor, "elements columns"], bits: int) -> Int[Tensor, "packed columns"]:

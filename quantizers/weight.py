@@ -42,9 +42,17 @@ class QuantizedWeight(Protocol):
         ...
 
     def decode(self, rows: slice, buffer: Float[Tensor, " n"]) -> Float[Tensor, "rows in"]:
-        """Write ``codebook[codes] - zeros`` of some rows into the buffer and return it as a matrix.
+        """Return ``codebook[codes] - zeros`` of some rows, in fp32.
 
-        The result is a view of the buffer; its strides follow the layout of the format.
+        The result is the caller's. It may lie in the buffer, which has room for it, and its strides
+        follow the layout of the format.
+        """
+        ...
+
+    def dequantize(self, rows: slice, buffer: Float[Tensor, " n"]) -> Float[Tensor, "rows in"]:
+        """Return some rows with the scales of the file, in fp32.
+
+        Bitwise what ``decode`` and ``apply_scales`` give, in one pass where the format has one.
         """
         ...
 
@@ -53,9 +61,9 @@ class QuantizedWeight(Protocol):
         decoded: Float[Tensor, "rows in"],
         scales: Float[Tensor, "out groups"],
         rows: slice,
-        buffer: Float[Tensor, " n"],
+        buffer: Float[Tensor, " n"] | None,
     ) -> Float[Tensor, "rows in"]:
-        """Multiply decoded rows by their scales into the buffer, which may be the decoded one."""
+        """Multiply decoded rows by their scales, in place if the buffer is None."""
         ...
 
     def to(self, device: torch.device) -> "QuantizedWeight":
@@ -67,7 +75,8 @@ def dequantize(
     weight: QuantizedWeight, scales: Float[Tensor, "scale_rows groups"] | None = None
 ) -> Float[Tensor, "out in"]:
     """Return the dense fp32 matrix, with the scales of the file unless others are given."""
-    scales = weight.scales.float() if scales is None else scales
-    buffer = scales.new_empty(weight.out_features * weight.in_features, dtype=torch.float32)
     rows = slice(0, weight.out_features)
-    return weight.apply_scales(weight.decode(rows, buffer), scales, rows, buffer)
+    buffer = weight.scales.new_empty(weight.out_features * weight.in_features, dtype=torch.float32)
+    if scales is None:
+        return weight.dequantize(rows, buffer)
+    return weight.apply_scales(weight.decode(rows, buffer), scales, rows, None)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, StoppingCriteriaList, StopStringCriteria
 
+from qzo.attention import can_pack
 from qzo.encoding import EncodedExample, encode_prompt
 from qzo.errors import ConfigError, DataError
 from qzo.examples import ExampleSet
@@ -106,7 +107,9 @@ def _scores(
     scores: dict[int, list[float]] = {}
     for start in range(0, len(order), batch_size):
         picked = order[start : start + batch_size]
-        stack = build_stack([[examples[i] for i in picked]], model.device)
+        stack = build_stack(
+            [[examples[i] for i in picked]], model.device, is_packed=can_pack(model)
+        )
         scores |= zip(picked, answer_scores(model, live, stack), strict=True)
         if progress is not None:
             progress(len(scores), len(order))

@@ -1,8 +1,7 @@
 """A linear layer over 4-bit codes whose scales are arguments of the product.
 
-In a stacked forward the batch is repeated once per probe. The layer reads its codes once and
-applies each probe's scales to that probe's rows; nothing else in the model knows about probes.
-Padding is dropped before the product and put back as zeros after it.
+In a stacked forward the tokens of all probes follow one another. The layer reads its codes once and
+applies each probe's scales to that probe's tokens; nothing else in the model knows about probes.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -10,10 +9,11 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from quantizers.weight import QuantizedWeight
+from qzo.attention import PackedRows
 from qzo.errors import CheckpointError
 
 TILE_ELEMENTS = 4 * 2**20  # of the dense matrix that exist at one time
@@ -34,9 +34,8 @@ class ProbeScales:
 
 @dataclass(frozen=True)
 class RowMultipliers:
-    """Effective scales of one layer in row coordinates: common scales, then a factor per output."""
+    """Effective scales of one layer in row coordinates: those of the file times these factors."""
 
-    scales: Float[Tensor, "out groups"]
     multipliers: Float[Tensor, "probes out"]
 
     @property
@@ -48,44 +47,22 @@ class RowMultipliers:
 EffectiveScales = ProbeScales | RowMultipliers
 
 
-@dataclass(frozen=True)
-class Rows:
-    """What the rows of a stacked forward are.
-
-    Attributes:
-        bounds: Rows of probe ``p`` are ``bounds[p]`` to ``bounds[p + 1]``.
-        lengths: Tokens of each row; what follows in a row is padding.
-    """
-
-    bounds: Sequence[int]
-    lengths: Sequence[int]
-
-    def token_index(self, width: int, device: torch.device) -> Int[Tensor, " tokens"]:
-        """Return the flat positions of the tokens in a ``(rows, width)`` batch."""
-        lengths = torch.tensor(self.lengths, device=device)
-        is_token = torch.arange(width, device=device)[None, :] < lengths[:, None]
-        return is_token.view(-1).nonzero().view(-1)
-
-    def token_bounds(self) -> list[int]:
-        """Return ``bounds`` counted in tokens."""
-        return [sum(self.lengths[:bound]) for bound in self.bounds]
-
-
 @dataclass
 class Live:
     """What the layers of one model see at the moment; shared by all of them.
 
     Attributes:
         effective: Gives the effective scales of a layer by its index, or None: those of the file.
-        rows: What the rows of the batch are, or None: one probe, no padding.
-        fork: The decoder block where the rows are repeated once per probe; see ``stack``.
+        bounds: Tokens of probe ``p`` are ``bounds[p]`` to ``bounds[p + 1]``; None: one probe.
+        attention: Which tokens see which, or None: the rows of the batch as they are.
+        forked: The decoder blocks whose tokens are repeated once per probe; see ``stack``.
     """
 
     effective: Callable[[int], EffectiveScales] | None = None
-    rows: Rows | None = None
-    fork: nn.Module | None = None
+    bounds: Sequence[int] | None = None
+    attention: PackedRows | None = None
+    forked: Sequence[nn.Module] = ()
     buffers: dict[str, Tensor] = field(default_factory=dict)
-    _index: tuple[Rows, int, Tensor, list[int]] | None = None
 
     def buffer(self, name: str, count: int, device: torch.device) -> Float[Tensor, " n"]:
         """Return a scratch buffer that all layers share."""
@@ -95,14 +72,6 @@ class Live:
                 buffer = torch.empty(count, dtype=torch.float32, device=device)
             self.buffers[name] = buffer
         return buffer
-
-    def tokens(self, width: int, device: torch.device) -> tuple[Int[Tensor, " tokens"], list[int]]:
-        """Return the flat positions of the tokens and their bounds per probe."""
-        assert self.rows is not None
-        if self._index is None or self._index[0] is not self.rows or self._index[1] != width:
-            index = self.rows.token_index(width, device)
-            self._index = (self.rows, width, index, self.rows.token_bounds())
-        return self._index[2], self._index[3]
 
 
 class QuantLinear(nn.Module):
@@ -143,79 +112,72 @@ class QuantLinear(nn.Module):
         return self
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        """Return the product; each probe's rows see that probe's scales."""
-        rows, flat = self.live.rows, x.reshape(-1, self.in_features)
-        effective = self._effective()
-        if rows is None:
-            return self._product(flat, [0, len(flat)], effective).view(*x.shape[:-1], -1)
-        assert effective.num_probes in {1, len(rows.bounds) - 1}, self.name
-        width = max(rows.lengths)
-        if len(flat) == len(rows.lengths) * width:  # also where a model flattens its rows (OPT)
-            index, bounds = self.live.tokens(width, x.device)
-            if len(index) == len(flat):
-                return self._product(flat, bounds, effective).view(*x.shape[:-1], -1)
-            result = x.new_zeros(len(flat), self.out_features)
-            result[index] = self._product(flat[index], bounds, effective)
-        else:
-            result = self._product(flat, self._loose_bounds(x, rows, effective), effective)
-        return result.view(*x.shape[:-1], -1)
-
-    def _loose_bounds(self, x: Tensor, rows: Rows, effective: EffectiveScales) -> Sequence[int]:
-        """Return the bounds of the probes among inputs that are not all tokens of the rows.
-
-        Raises:
-            CheckpointError: Nothing says which input belongs to which probe.
-        """
-        if effective.num_probes == 1:
-            return [0, x.numel() // self.in_features]
-        if x.dim() > 2 and len(x) == len(rows.lengths):  # a head that sees answer positions only
-            return [bound * x.shape[1] for bound in rows.bounds]
-        raise CheckpointError(
-            f"{self.name}: expected {len(rows.lengths)} rows of {max(rows.lengths)} tokens, got "
-            f"shape {tuple(x.shape)}; a layer that sees only some tokens, as in a mixture of "
-            "experts, cannot be trained"
-        )
-
-    def _effective(self) -> EffectiveScales:
-        if self.live.effective is not None and self.index >= 0:
-            return self.live.effective(self.index)
-        is_training = self.live.effective is not None
-        tuned = None if is_training else self.tuned
-        return ProbeScales([(self.quantized.scales if tuned is None else tuned).float()])
-
-    def _product(
-        self, x: Float[Tensor, "tokens in"], bounds: Sequence[int], effective: EffectiveScales
-    ) -> Float[Tensor, "tokens out"]:
-        y = x.new_empty(len(x), self.out_features)
-        for rows in self._tiles():
-            decoded = self.quantized.decode(rows, self._buffer("decoded", rows, x))
-            self._tile_product(x, decoded, rows, bounds, effective, y)
-        if isinstance(effective, RowMultipliers):
-            multipliers = effective.multipliers.to(x.dtype)
-            for p, (start, stop) in enumerate(pairwise(bounds)):
-                y[start:stop] *= multipliers[p]
+        """Return the product; each probe's tokens see that probe's scales."""
+        flat = x.reshape(-1, self.in_features)
+        y = self._product(flat).view(*x.shape[:-1], -1)
         return y if self.bias is None else y.add_(self.bias)
 
-    def _tile_product(
+    def _product(self, x: Float[Tensor, "tokens in"]) -> Float[Tensor, "tokens out"]:
+        effective = self._effective()
+        y = x.new_empty(len(x), self.out_features)
+        if effective is None:
+            for rows in self._tiles():
+                self._file_product(x, rows, y)
+            return y
+        bounds = self._bounds(len(x), effective.num_probes)
+        for rows in self._tiles():
+            if isinstance(effective, RowMultipliers):
+                self._file_product(x, rows, y)
+                factors = effective.multipliers[:, rows].to(x.dtype)
+                for factor, (start, stop) in zip(factors, pairwise(bounds), strict=True):
+                    y[start:stop, rows] *= factor
+            else:
+                self._scaled_product(x, rows, bounds, effective.scales, y)
+        return y
+
+    def _effective(self) -> EffectiveScales | None:
+        """Return what to compute with, or None for the scales of the file."""
+        if self.live.effective is not None:
+            return self.live.effective(self.index) if self.index >= 0 else None
+        return None if self.tuned is None else ProbeScales([self.tuned.float()])
+
+    def _bounds(self, num_tokens: int, num_probes: int) -> Sequence[int]:
+        """Return the bounds of the probes.
+
+        Raises:
+            CheckpointError: Nothing says which token belongs to which probe.
+        """
+        if num_probes == 1:
+            return (0, num_tokens)
+        bounds = self.live.bounds
+        if bounds is None or len(bounds) != num_probes + 1 or bounds[-1] != num_tokens:
+            expected = "one probe" if bounds is None else f"{bounds[-1]} tokens"
+            raise CheckpointError(
+                f"{self.name}: expected {expected} of {num_probes} probes, got {num_tokens}; a "
+                "layer that sees only some tokens, as in a mixture of experts, cannot be trained"
+            )
+        return bounds
+
+    def _file_product(
+        self, x: Float[Tensor, "tokens in"], rows: slice, y: Float[Tensor, "tokens out"]
+    ) -> None:
+        """Fill the columns ``rows`` of ``y`` with the scales of the file."""
+        dense = self.quantized.dequantize(rows, self._buffer("decoded", rows, x))
+        torch.mm(x, dense.T.to(x.dtype), out=y[:, rows])
+
+    def _scaled_product(
         self,
         x: Float[Tensor, "tokens in"],
-        decoded: Float[Tensor, "rows in"],
         rows: slice,
         bounds: Sequence[int],
-        effective: EffectiveScales,
+        scales: Sequence[Float[Tensor, "scale_rows groups"]],
         y: Float[Tensor, "tokens out"],
     ) -> None:
-        """Fill the columns ``rows`` of ``y``."""
-        if isinstance(effective, RowMultipliers):
-            sets, bounds = [effective.scales], [0, len(x)]
-        else:
-            sets = list(effective.scales)
-            if len(sets) == 1:
-                bounds = [0, len(x)]
-        name = "decoded" if len(sets) == 1 else "scaled"  # one set: scale in place
-        for scales, start, stop in zip(sets, bounds, bounds[1:], strict=False):
-            buffer = self._buffer(name, rows, x)
-            dense = self.quantized.apply_scales(decoded, scales, rows, buffer)
+        """Fill the columns ``rows`` of ``y``: decode once, then scales and product per probe."""
+        decoded = self.quantized.decode(rows, self._buffer("decoded", rows, x))
+        buffer = None if len(scales) == 1 else self._buffer("scaled", rows, x)
+        for of_probe, (start, stop) in zip(scales, pairwise(bounds), strict=True):
+            dense = self.quantized.apply_scales(decoded, of_probe, rows, buffer)
             torch.mm(x[start:stop], dense.T.to(x.dtype), out=y[start:stop, rows])
 
     def _buffer(self, name: str, rows: slice, x: Tensor) -> Float[Tensor, " n"]:

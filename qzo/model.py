@@ -53,7 +53,7 @@ def load_checkpoint(
     used: set[str] = set()
     for layer in checkpoint.layers:
         used |= _place_layer(model, checkpoint, layer, keys[layer], dtype, live)
-    live.fork = decoder_blocks(model)[0]
+    live.forked = decoder_blocks(model)
     _load_rest(model, checkpoint, used, dtype)
     nn.Module.to(model, device)
     model.generation_config = _generation_config(checkpoint.folder, model)
@@ -117,7 +117,7 @@ def trained_layers(model: PreTrainedModel, num_blocks: int | None) -> list[Quant
         )
     for layer in layers:
         layer.index = -1
-    layers[0].live.fork = blocks[-num_blocks]
+    layers[0].live.forked = blocks[-num_blocks:]
     behind = {part for block in blocks[-num_blocks:] for part in block.modules()}
     return [layer for layer in layers if layer in behind or layer is model.get_output_embeddings()]
 

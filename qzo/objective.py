@@ -15,6 +15,7 @@ from functools import lru_cache
 import numpy as np
 from transformers import PreTrainedModel
 
+from qzo.attention import can_pack
 from qzo.encoding import EncodedExample
 from qzo.errors import ConfigError, DataError
 from qzo.examples import ExampleSet, LossName
@@ -99,7 +100,7 @@ class Objective:
     def _item_losses(
         self, probes: Sequence[Probe], items: Sequence[Sequence[EncodedExample]]
     ) -> list[float]:
-        stack = build_stack(items, self._model.device)
+        stack = build_stack(items, self._model.device, is_packed=can_pack(self._model))
         with self._scales.shifted(self._live, probes):
             scores = answer_scores(self._model, self._live, stack)
         labels = [example.label for examples in items for example in examples]

@@ -30,8 +30,9 @@ from qzo.tensor_files import tensor_bytes
 
 Coordinates = Literal["absolute", "relative", "row"]
 
-_CHUNK = 2**20  # elements of an update that exist at one time
-_WINDOW = 2**22  # elements of all shifted vectors that exist at one time
+# Elements of a direction, and of a shifted vector per probe, that exist at one time; more where one
+# layer has more. Small parts would cost more in calls than in numbers.
+WINDOW = 2**18
 
 
 class Scales:
@@ -126,10 +127,10 @@ class Scales:
 
     def effective(self, layer: int, probes: Sequence[Probe]) -> EffectiveScales:
         """Return the effective scales of one layer at every probe."""
-        stored = self._file_scales[layer].float()
         shifted = self._shifted_values(layer, probes)
         if self.coordinates == "row":
-            return RowMultipliers(stored, shifted)
+            return RowMultipliers(shifted)
+        stored = self._file_scales[layer].float()
         by_group = [values.view(stored.shape) for values in shifted]
         if self.coordinates == "relative":
             by_group = [stored * values for values in by_group]
@@ -146,8 +147,8 @@ class Scales:
 
     def chunks(self) -> Iterator[tuple[int, int]]:
         """Yield the bounds of consecutive parts of the vector."""
-        for start in range(0, len(self), _CHUNK):
-            yield start, min(start + _CHUNK, len(self))
+        for start in range(0, len(self), WINDOW):
+            yield start, min(start + WINDOW, len(self))
 
     def mean_slope(
         self, derivatives: Sequence[DirectionalDerivative], start: int, stop: int
@@ -198,9 +199,8 @@ class Scales:
         if self._window is None or not (
             self._window[0] == probes and self._window[1] <= start < stop <= self._window[2]
         ):
-            width = max(_WINDOW // len(probes), 1)
-            first = start // width * width  # the same windows whatever the order of the layers
-            last = min(max(first + width, stop), len(self))
+            first = start // WINDOW * WINDOW  # the same windows whatever the order of the layers
+            last = min(max(first + WINDOW, stop), len(self))
             self._window = (probes, first, last, self._shift(probes, first, last))
         _, offset, _, shifted = self._window
         return shifted[:, start - offset : stop - offset]

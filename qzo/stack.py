@@ -1,14 +1,16 @@
 """Stacked forwards: the batch once per probe, in one pass through the model.
 
-Up to the first block with trained scales all probes compute the same, so there the rows run once;
-in front of that block (the fork) they are repeated, once for every probe that covers them.
-Rows are padded on the right and need no attention mask: under causal attention a token never sees
-what follows it. Quantized layers drop the padding (``linear``). Only answer positions reach the
-head, so the logits of whole sequences never exist.
+Up to the first block with trained scales all probes compute the same, so there every text runs
+once; in front of that block (the fork) its tokens are repeated, once for every probe that covers
+them. Tokens are packed into one row (``attention``) and a prefix that texts of a probe have in
+common is computed once. A model whose tokens meet elsewhere than in causal attention gets rows
+padded on the right instead. Only answer positions reach the head, so the logits of whole sequences
+never exist.
 """
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +20,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
-from qzo.encoding import Candidate, EncodedExample
-from qzo.linear import Live, Rows
+from qzo.attention import PackedRows, pack_rows, packed_attention
+from qzo.encoding import EncodedExample
+from qzo.linear import Live
+
+Text = Sequence[int]  # token ids
 
 
 @dataclass(frozen=True)
@@ -27,14 +32,25 @@ class Answer:
     """One candidate of one example at one probe.
 
     Attributes:
-        row: Row of the stack.
-        columns: Its columns among the answer positions of that row.
+        columns: Its places among the answer positions.
         targets: The tokens to be predicted there.
     """
 
-    row: int
     columns: tuple[int, ...]
     targets: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens of a batch: ``(1, tokens)`` where packed, else ``(texts, width)``.
+
+    Attributes:
+        bounds: Where each probe begins among the flattened tokens, and the end.
+        attention: Which tokens form a text, or None: rows are texts, padded on the right.
+    """
+
+    bounds: tuple[int, ...]
+    attention: PackedRows | None
 
 
 @dataclass(frozen=True)
@@ -42,100 +58,192 @@ class Stack:
     """A stacked batch.
 
     Attributes:
-        input_ids: Token ids of the rows before the fork, padded on the right.
-        shared: What those rows are: one probe.
-        origin: The row before the fork of every row behind it.
-        rows: What the rows behind the fork are.
-        positions: Positions of each row that reach the head, padded with 0.
+        input_ids: Token ids in front of the fork.
+        position_ids: Their positions in their texts, or None where rows are texts.
+        front: The tokens in front of the fork: one probe.
+        origin: Of every token behind the fork (where packed) or row (else), the one in front.
+        behind: The tokens behind the fork.
+        answer_positions: Flat tokens behind the fork that reach the head.
+        answer_bounds: Where each probe begins among them, and the end.
         answers: Candidates of each item; an item is an example at a probe, probes outermost.
     """
 
-    input_ids: Int[Tensor, "shared width"]
-    shared: Rows
-    origin: Int[Tensor, " rows"]
-    rows: Rows
-    positions: Int[Tensor, "rows answers"]
+    input_ids: Int[Tensor, "rows width"]
+    position_ids: Int[Tensor, "rows width"] | None
+    front: Tokens
+    origin: Int[Tensor, " repeated"]
+    behind: Tokens
+    answer_positions: Int[Tensor, " answers"]
+    answer_bounds: tuple[int, ...]
     answers: tuple[tuple[Answer, ...], ...]
 
 
-def build_stack(items: Sequence[Sequence[EncodedExample]], device: torch.device) -> Stack:
+class _Packing:
+    """Texts in one row of tokens, common prefixes merged."""
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+        self.positions: list[int] = []
+        self.texts: dict[Text, list[int]] = {}  # of the current probe: its tokens
+        self.paths: list[list[int]] = []
+        self.bounds = [0]
+        self._child: dict[tuple[int, int], int] = {}
+
+    def add(self, text: Text) -> list[int]:
+        """Return the places of the tokens of a text; new ones are appended."""
+        path = self.texts.get(text)
+        if path is not None:
+            return path
+        path, place = [], -1
+        for position, token in enumerate(text):
+            place = self._child.setdefault((place, token), len(self.ids))
+            if place == len(self.ids):
+                self.ids.append(token)
+                self.positions.append(position)
+            path.append(place)
+        self.texts[text] = path
+        self.paths.append(path)
+        return path
+
+    def end_probe(self) -> None:
+        """Merge nothing of what follows with what came before."""
+        self.bounds.append(len(self.ids))
+        self._child.clear()
+        self.texts.clear()
+
+    def tokens(self, device: torch.device) -> Tokens:
+        """Return the layout."""
+        attention = pack_rows(self.paths, len(self.ids), device)
+        return Tokens(tuple(self.bounds), attention)
+
+
+def build_stack(
+    items: Sequence[Sequence[EncodedExample]], device: torch.device, *, is_packed: bool = True
+) -> Stack:
     """Stack the examples of every probe.
 
     Args:
         items: One list of examples per probe.
         device: Where the tensors go.
+        is_packed: Pack the tokens into one row; else pad rows on the right.
     """
-    token_rows: list[tuple[int, ...]] = []
-    columns: list[list[int]] = []
-    answers: list[tuple[Answer, ...]] = []
-    bounds = [0]
+    return _packed(items, device) if is_packed else _padded(items, device)
+
+
+def _packed(items: Sequence[Sequence[EncodedExample]], device: torch.device) -> Stack:
+    front, behind = _Packing(), _Packing()
+    origin: dict[int, int] = {}
+    paths: list[list[list[int]]] = []
     for examples in items:
         for example in examples:
-            first = len(token_rows)
-            token_rows += example.rows
-            columns += [_positions(example, row) for row in range(len(example.rows))]
-            answers.append(tuple(_answer(c, first, columns) for c in example.candidates))
-        bounds.append(len(token_rows))
-    shared = list(dict.fromkeys(token_rows))
-    place = {row: number for number, row in enumerate(shared)}
+            paths.append([behind.add(row) for row in example.rows])
+            for row, path in zip(example.rows, paths[-1], strict=True):
+                origin.update(zip(path, front.add(row), strict=True))
+        behind.end_probe()
+    front.end_probe()
+    columns, answers = _answers([example for examples in items for example in examples], paths)
     return Stack(
-        input_ids=_padded(shared, device),
-        shared=Rows((0, len(shared)), tuple(len(row) for row in shared)),
-        origin=torch.tensor([place[row] for row in token_rows], device=device),
-        rows=Rows(tuple(bounds), tuple(len(row) for row in token_rows)),
-        positions=_padded(columns, device),
-        answers=tuple(answers),
+        input_ids=torch.tensor([front.ids], device=device),
+        position_ids=torch.tensor([front.positions], device=device),
+        front=front.tokens(device),
+        origin=torch.tensor([origin[place] for place in range(len(behind.ids))], device=device),
+        behind=behind.tokens(device),
+        answer_positions=torch.tensor(columns, device=device),
+        answer_bounds=_count_below(columns, behind.bounds),
+        answers=answers,
     )
 
 
-def _positions(example: EncodedExample, row: int) -> list[int]:
-    used = {p for c in example.candidates if c.row == row for p in c.positions}
-    return sorted(used)
+def _padded(items: Sequence[Sequence[EncodedExample]], device: torch.device) -> Stack:
+    rows = [row for examples in items for example in examples for row in example.rows]
+    width = max(map(len, rows))
+    front = {row: number for number, row in enumerate(dict.fromkeys(rows))}
+    numbers = iter(range(len(rows)))
+    paths = [
+        [[next(numbers) * width + i for i in range(width)] for _ in example.rows]
+        for examples in items
+        for example in examples
+    ]
+    counts = [sum(len(example.rows) for example in examples) for examples in items]
+    bounds = tuple(width * sum(counts[:probe]) for probe in range(len(counts) + 1))
+    columns, answers = _answers([example for examples in items for example in examples], paths)
+    padded = [[*row, *[0] * (width - len(row))] for row in front]
+    return Stack(
+        input_ids=torch.tensor(padded, device=device),
+        position_ids=None,
+        front=Tokens((0, len(front) * width), None),
+        origin=torch.tensor([front[row] for row in rows], device=device),
+        behind=Tokens(bounds, None),
+        answer_positions=torch.tensor(columns, device=device),
+        answer_bounds=_count_below(columns, bounds),
+        answers=answers,
+    )
 
 
-def _answer(candidate: Candidate, first: int, columns: Sequence[Sequence[int]]) -> Answer:
-    row = first + candidate.row
-    place = {position: column for column, position in enumerate(columns[row])}
-    return Answer(row, tuple(place[p] for p in candidate.positions), candidate.targets)
+def _answers(
+    examples: Sequence[EncodedExample], paths: Sequence[Sequence[Sequence[int]]]
+) -> tuple[list[int], tuple[tuple[Answer, ...], ...]]:
+    """Return the flat positions that reach the head, in order, and what is read there.
+
+    Args:
+        examples: Of all probes.
+        paths: Flat tokens of every row of every example.
+    """
+    read = [
+        [[of_example[c.row][p] for p in c.positions] for c in example.candidates]
+        for example, of_example in zip(examples, paths, strict=True)
+    ]
+    columns = sorted({place for item in read for places in item for place in places})
+    column = {place: number for number, place in enumerate(columns)}
+    answers = tuple(
+        tuple(
+            Answer(tuple(column[place] for place in places), candidate.targets)
+            for candidate, places in zip(example.candidates, item, strict=True)
+        )
+        for example, item in zip(examples, read, strict=True)
+    )
+    return columns, answers
 
 
-def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> Int[Tensor, "rows width"]:
-    width = max(len(row) for row in rows)
-    return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
+def _count_below(columns: Sequence[int], bounds: Sequence[int]) -> tuple[int, ...]:
+    """Return how many of the sorted columns lie below each bound."""
+    return tuple(bisect_left(columns, bound) for bound in bounds)
 
 
 def answer_scores(model: PreTrainedModel, live: Live, stack: Stack) -> list[list[float]]:
     """Return the mean log-probability per token (nats) of every candidate of every item."""
-    with (
-        torch.inference_mode(),
-        _forked(live, stack),
-        _head_sees(model, stack.positions),
-    ):
-        logits = model(input_ids=stack.input_ids, use_cache=False).logits
-        return _mean_log_probabilities(logits, stack.answers)
+    with ExitStack() as context:
+        context.enter_context(torch.inference_mode())
+        context.enter_context(_forked(live, stack))
+        context.enter_context(_head_sees(model, live, stack))
+        if stack.front.attention is not None:
+            context.enter_context(packed_attention(model, lambda: live.attention))
+        logits = model(
+            input_ids=stack.input_ids, position_ids=stack.position_ids, use_cache=False
+        ).logits
+        return _mean_log_probabilities(logits[0], stack.answers)
 
 
 def _mean_log_probabilities(
-    logits: Float[Tensor, "rows answers vocabulary"], items: Sequence[Sequence[Answer]]
+    logits: Float[Tensor, "answers vocabulary"], items: Sequence[Sequence[Answer]]
 ) -> list[list[float]]:
     log_totals = torch.stack([row.float().logsumexp(-1) for row in logits])
     flat = [answer for item in items for answer in item]
-    rows = [a.row for a in flat for _ in a.columns]
     columns = [column for a in flat for column in a.columns]
     targets = [target for a in flat for target in a.targets]
-    chosen = logits[rows, columns, targets].float() - log_totals[rows, columns]
+    chosen = logits[columns, targets].float() - log_totals[columns]
     values = iter(chosen.tolist())
     return [[sum(next(values) for _ in a.columns) / len(a.columns) for a in item] for item in items]
 
 
 @contextmanager
-def _head_sees(model: PreTrainedModel, positions: Int[Tensor, "rows answers"]) -> Iterator[None]:
-    """Let only these positions reach the head while the block runs."""
+def _head_sees(model: PreTrainedModel, live: Live, stack: Stack) -> Iterator[None]:
+    """Let only answer positions reach the head while the block runs."""
 
     def select(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        hidden = inputs[0]
-        index = positions[..., None].expand(-1, -1, hidden.shape[-1])
-        return (hidden.gather(1, index), *inputs[1:])
+        live.bounds = stack.answer_bounds
+        hidden = inputs[0].reshape(-1, inputs[0].shape[-1])
+        return (hidden.index_select(0, stack.answer_positions)[None], *inputs[1:])
 
     handle = model.get_output_embeddings().register_forward_pre_hook(select)
     try:
@@ -146,25 +254,33 @@ def _head_sees(model: PreTrainedModel, positions: Int[Tensor, "rows answers"]) -
 
 @contextmanager
 def _forked(live: Live, stack: Stack) -> Iterator[None]:
-    """Repeat the rows in front of the fork while the block runs.
+    """Repeat the tokens at the fork while the block runs.
 
-    Whatever the block is given by rows (hidden states, masks, positions) is repeated with them.
+    Whatever a decoder block behind it is given by token or row in front of it (hidden states,
+    masks, positions) is repeated; every block is given positions and masks anew.
     """
-    assert live.fork is not None
-    count = len(stack.shared.lengths)
+    rows, width = stack.input_ids.shape
+    is_packed = stack.front.attention is not None
 
     def repeat(value: Any) -> Any:
-        by_rows = isinstance(value, Tensor) and value.dim() > 1 and len(value) == count
-        return value.index_select(0, stack.origin) if by_rows else value
+        if not isinstance(value, Tensor) or value.dim() < 2:
+            return value
+        if is_packed:
+            by_token = value.shape[:2] == (1, width)
+            return value.index_select(1, stack.origin) if by_token else value
+        return value.index_select(0, stack.origin) if len(value) == rows else value
 
     def repeat_all(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        live.rows = stack.rows
+        live.bounds, live.attention = stack.behind.bounds, stack.behind.attention
         return tree_map(repeat, (inputs, named))
 
-    live.rows = stack.shared
-    handle = live.fork.register_forward_pre_hook(repeat_all, with_kwargs=True)
+    live.bounds, live.attention = stack.front.bounds, stack.front.attention
+    handles = [
+        block.register_forward_pre_hook(repeat_all, with_kwargs=True) for block in live.forked
+    ]
     try:
         yield
     finally:
-        handle.remove()
-        live.rows = None
+        for handle in handles:
+            handle.remove()
+        live.bounds = live.attention = None

@@ -54,7 +54,7 @@ def wrap(model: PreTrainedModel) -> PreTrainedModel:
     adopted = [(name, _adopt(name, module, config, live)) for name, module in found]
     for name, layer in adopted:  # a refusal above leaves the model as it was
         model.set_submodule(name, layer)
-    live.fork = decoder_blocks(model)[0]
+    live.forked = decoder_blocks(model)
     model.requires_grad_(False)
     model.is_quantized = False  # type: ignore[assignment]  # transformers' own kernels are gone
     model.eval()

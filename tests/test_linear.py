@@ -1,4 +1,4 @@
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from quantizers import gptq, nf4
 from qzo import linear
 from qzo.errors import CheckpointError
-from qzo.linear import EffectiveScales, Live, ProbeScales, QuantLinear, RowMultipliers, Rows
+from qzo.linear import EffectiveScales, Live, ProbeScales, QuantLinear, RowMultipliers
 
 IN, OUT = 96, 160
 
@@ -75,9 +75,11 @@ def several_scales(layer: QuantLinear, count: int) -> list[Tensor]:
     return [scales * (1 + 0.2 * normal(*scales.shape, seed=p)) for p in range(count)]
 
 
-def see(layer: QuantLinear, effective: EffectiveScales, rows: Rows | None) -> None:
+def see(
+    layer: QuantLinear, effective: EffectiveScales, bounds: Sequence[int] | None = None
+) -> None:
     layer.index = 0
-    layer.live.effective, layer.live.rows = (lambda _: effective), rows
+    layer.live.effective, layer.live.bounds = (lambda _: effective), bounds
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -131,8 +133,8 @@ def test_every_probe_sees_its_own_scales(
     bias = normal(OUT, seed=3)
     layer, dense = build(bias)
     scales, bounds = several_scales(layer, 3), (0, 2, 3, 6)
-    x = normal(6, 5, IN)
-    see(layer, ProbeScales(scales), Rows(bounds, (5,) * 6))
+    x = normal(6, IN)
+    see(layer, ProbeScales(scales), bounds)
     got = layer(x)
     for probe, (start, stop) in enumerate(pairwise(bounds)):
         want = product(x[start:stop], dense(scales[probe]), bias)
@@ -140,48 +142,35 @@ def test_every_probe_sees_its_own_scales(
 
 
 @every_build
-def test_every_probe_sees_its_own_scales_where_a_model_flattens_its_rows(build: Build) -> None:
+def test_a_probe_may_have_no_tokens(build: Build) -> None:
     layer, dense = build(None)
-    scales, bounds, lengths = several_scales(layer, 2), (0, 2, 3), (5, 2, 4)
-    x = normal(3, 5, IN)
-    see(layer, ProbeScales(scales), Rows(bounds, lengths))
-    got = layer(x.view(15, IN)).view(3, 5, OUT)
-    for row, length in enumerate(lengths):
-        want = product(x[row, :length], dense(scales[row == 2]))
-        assert relative_error(got[row, :length], want) < TOLERANCE
+    scales, x = several_scales(layer, 2), normal(1, 3, IN)
+    see(layer, ProbeScales(scales), (0, 0, 3))
+    assert relative_error(layer(x), product(x, dense(scales[1]))) < TOLERANCE
 
 
 @row_builds
-def test_every_probe_sees_its_own_multipliers_where_a_model_flattens_its_rows(
-    build: Build,
+@pytest.mark.parametrize(
+    ("bounds", "expected"), [((0, 10, 15), "15 tokens"), (None, "one probe")], ids=str
+)
+def test_tokens_that_belong_to_no_probe_are_refused(
+    build: Build, bounds: tuple[int, ...] | None, expected: str
 ) -> None:
-    layer, dense = build(None)
-    scales, multipliers = layer.quantized.scales.float(), 1 + 0.2 * normal(2, OUT, seed=4)
-    x = normal(3, 5, IN)
-    see(layer, RowMultipliers(scales, multipliers), Rows((0, 2, 3), (5, 5, 5)))
-    got = layer(x.view(15, IN)).view(3, 5, OUT)
-    for row in range(3):
-        want = product(x[row], dense(scales)) * multipliers[int(row == 2)]
-        assert relative_error(got[row], want) < TOLERANCE
-
-
-@row_builds
-def test_tokens_that_belong_to_no_row_are_refused_under_several_probes(build: Build) -> None:
     layer, _ = build(None)
-    see(layer, ProbeScales(several_scales(layer, 2)), Rows((0, 2, 3), (5, 5, 5)))
+    see(layer, ProbeScales(several_scales(layer, 2)), bounds)
     with pytest.raises(CheckpointError) as error:
         layer(normal(4, IN))
     assert str(error.value) == (
-        "layer: expected 3 rows of 5 tokens, got shape (4, 96); a layer that sees only some "
-        "tokens, as in a mixture of experts, cannot be trained"
+        f"layer: expected {expected} of 2 probes, got 4; a layer that sees only some tokens, as in "
+        "a mixture of experts, cannot be trained"
     )
 
 
 @row_builds
-def test_tokens_that_belong_to_no_row_are_fine_under_one_probe(build: Build) -> None:
+def test_any_tokens_are_fine_under_one_probe(build: Build) -> None:
     layer, dense = build(None)
     scales = several_scales(layer, 1)
-    see(layer, ProbeScales(scales), Rows((0, 3), (5, 5, 5)))
+    see(layer, ProbeScales(scales), (0, 15))
     x = normal(4, IN)
     assert relative_error(layer(x), product(x, dense(scales[0]))) < TOLERANCE
 
@@ -194,11 +183,11 @@ def test_row_multipliers_multiply_outputs_before_the_bias(
     monkeypatch.setattr(linear, "TILE_ELEMENTS", tile_elements)
     bias = normal(OUT, seed=3)
     layer, dense = build(bias)
-    scales, multipliers = several_scales(layer, 1)[0], 1 + 0.2 * normal(2, OUT, seed=4)
-    x = normal(5, 3, IN)
-    see(layer, RowMultipliers(scales, multipliers), Rows((0, 2, 5), (3,) * 5))
+    scales, multipliers = layer.quantized.scales.float(), 1 + 0.2 * normal(2, OUT, seed=4)
+    x = normal(15, IN)
+    see(layer, RowMultipliers(multipliers), (0, 6, 15))
     got = layer(x)
-    for probe, (start, stop) in enumerate(((0, 2), (2, 5))):
+    for probe, (start, stop) in enumerate(((0, 6), (6, 15))):
         want = product(x[start:stop], dense(scales)) * multipliers[probe] + bias
         assert relative_error(got[start:stop], want) < TOLERANCE
 
@@ -208,61 +197,18 @@ def test_row_multipliers_equal_scales_multiplied_by_row(build: Build) -> None:
     layer, dense = build(None)
     scales, multipliers = layer.quantized.scales.float(), 1 + 0.2 * normal(1, OUT, seed=4)
     x = normal(2, 3, IN)
-    see(layer, RowMultipliers(scales, multipliers), Rows((0, 2), (3, 3)))
+    see(layer, RowMultipliers(multipliers), (0, 6))
     want = product(x, dense(scales * multipliers[0][:, None]))
     assert relative_error(layer(x), want) < TOLERANCE
-
-
-@every_build
-def test_padding_gives_zeros_and_leaves_tokens_alone(build: Build) -> None:
-    layer, dense = build(normal(OUT, seed=3))
-    scales, bounds, lengths = several_scales(layer, 2), (0, 2, 4), (4, 6, 1, 6)
-    x = normal(4, 6, IN)
-    x[0, 4:] = torch.nan  # padding must not be computed with
-    see(layer, ProbeScales(scales), Rows(bounds, lengths))
-    got = layer(x)
-    for row, length in enumerate(lengths):
-        want = product(x[row, :length], dense(scales[row // 2]), normal(OUT, seed=3))
-        assert relative_error(got[row, :length], want) < TOLERANCE
-        assert torch.equal(got[row, length:], torch.zeros(6 - length, OUT))
-
-
-@row_builds
-def test_padding_under_row_multipliers_gives_zeros(build: Build) -> None:
-    layer, dense = build(normal(OUT, seed=3))
-    scales, multipliers = layer.quantized.scales.float(), 1 + 0.2 * normal(2, OUT, seed=4)
-    lengths, x = (2, 5), normal(2, 5, IN)
-    see(layer, RowMultipliers(scales, multipliers), Rows((0, 1, 2), lengths))
-    got = layer(x)
-    for row, length in enumerate(lengths):
-        want = product(x[row, :length], dense(scales)) * multipliers[row] + normal(OUT, seed=3)
-        assert relative_error(got[row, :length], want) < TOLERANCE
-        assert torch.equal(got[row, length:], torch.zeros(5 - length, OUT))
-
-
-@row_builds
-def test_a_head_sees_answer_positions_only(build: Build) -> None:
-    layer, dense = build(None)
-    scales, x = several_scales(layer, 2), normal(3, 2, IN)
-    see(layer, ProbeScales(scales), Rows((0, 1, 3), (7, 5, 6)))
-    got = layer(x)
-    assert relative_error(got[:1], product(x[:1], dense(scales[0]))) < TOLERANCE
-    assert relative_error(got[1:], product(x[1:], dense(scales[1]))) < TOLERANCE
 
 
 @row_builds
 def test_a_layer_outside_of_the_trained_vector_keeps_its_scales(build: Build) -> None:
     layer, dense = build(None)
     x = normal(2, 3, IN)
-    see(layer, ProbeScales(several_scales(layer, 1)), None)
+    see(layer, ProbeScales(several_scales(layer, 1)))
     layer.index = -1
     assert relative_error(layer(x), product(x, dense(layer.quantized.scales.float()))) < TOLERANCE
-
-
-def test_rows_index_the_tokens_of_a_padded_batch() -> None:
-    rows = Rows((0, 1, 3), (2, 0, 3))
-    assert rows.token_index(3, torch.device("cpu")).tolist() == [0, 1, 6, 7, 8]
-    assert rows.token_bounds() == [0, 2, 5]
 
 
 @every_build
@@ -307,7 +253,7 @@ def test_layers_of_a_model_share_their_buffers() -> None:
 def test_a_forward_leaves_the_scales_of_the_file_alone() -> None:
     layer, _ = BUILDS["nf4"](None)
     before = layer.quantized.scales.clone()
-    see(layer, ProbeScales(several_scales(layer, 2)), Rows((0, 1, 2), (3, 3)))
+    see(layer, ProbeScales(several_scales(layer, 2)), (0, 3, 6))
     layer(normal(2, 3, IN))
     assert torch.equal(layer.quantized.scales, before)
 

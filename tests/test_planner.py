@@ -286,7 +286,7 @@ def test_the_planner_knows_the_block_sizes_of_the_forward() -> None:
     from qzo import linear, scales
 
     assert linear._TILE_STEP == parts.TILE_STEP
-    assert scales._WINDOW == parts.WINDOW_ELEMENTS
+    assert scales.WINDOW == parts.WINDOW_ELEMENTS
 
 
 @pytest.mark.parametrize(

@@ -60,10 +60,10 @@ def naive(scales: Scales, layer: int, probe: Probe) -> list[list[np.float32]]:
     return result
 
 
-def dense(effective: EffectiveScales, probe: int) -> Tensor:
+def dense(effective: EffectiveScales, layer: int, probe: int) -> Tensor:
     """Return the effective scales of one probe, whatever form they have."""
     if isinstance(effective, RowMultipliers):
-        return effective.scales * effective.multipliers[probe][:, None]
+        return file_scales()[layer].float() * effective.multipliers[probe][:, None]
     return effective.scales[probe]
 
 
@@ -101,7 +101,10 @@ def test_effective_scales_at_a_probe_are_the_naive_formula(
     effective = scales.effective(layer, PROBES)
 
     for place, probe in enumerate(PROBES):
-        assert dense(effective, place).tolist() == np.array(naive(scales, layer, probe)).tolist()
+        assert (
+            dense(effective, layer, place).tolist()
+            == np.array(naive(scales, layer, probe)).tolist()
+        )
 
 
 @pytest.mark.parametrize("coordinates", COORDINATES)
@@ -113,14 +116,14 @@ def test_effective_scales_do_not_depend_on_the_order_of_the_layers(
     order: Sequence[int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(module, "_WINDOW", window)
+    monkeypatch.setattr(module, "WINDOW", window)
     scales = scales_of(coordinates)
 
     for layer in order:
         effective = scales.effective(layer, PROBES)
         for place, probe in enumerate(PROBES):
             want = np.array(naive(scales, layer, probe)).tolist()
-            assert dense(effective, place).tolist() == want
+            assert dense(effective, layer, place).tolist() == want
 
 
 @pytest.mark.parametrize("coordinates", COORDINATES)
@@ -129,11 +132,11 @@ def test_effective_scales_follow_the_probes_and_the_master(coordinates: Coordina
 
     scales.effective(0, PROBES)
     other = scales.effective(0, [Probe(9, 0.5)])
-    assert dense(other, 0).tolist() == np.array(naive(scales, 0, Probe(9, 0.5))).tolist()
+    assert dense(other, 0, 0).tolist() == np.array(naive(scales, 0, Probe(9, 0.5))).tolist()
 
     scales.move(0, len(scales), torch.full((len(scales),), 0.25))
     moved = scales.effective(0, [Probe(9, 0.5)])
-    assert dense(moved, 0).tolist() == np.array(naive(scales, 0, Probe(9, 0.5))).tolist()
+    assert dense(moved, 0, 0).tolist() == np.array(naive(scales, 0, Probe(9, 0.5))).tolist()
 
 
 @pytest.mark.parametrize("coordinates", COORDINATES)
@@ -179,7 +182,7 @@ def test_move_adds_to_its_part_and_stops_at_zero() -> None:
 
 @pytest.mark.parametrize("size", [1, 10, 33, 100])
 def test_chunks_cover_the_vector_once(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_CHUNK", size)
+    monkeypatch.setattr(module, "WINDOW", size)
 
     bounds = list(scales_of("absolute").chunks())
 
