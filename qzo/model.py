@@ -6,6 +6,8 @@ holds the scales: most of them copy or permute scales once and ignore later writ
 """
 
 import re
+from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,6 +19,7 @@ from quantizers.errors import FormatError
 from qzo.checkpoint import Checkpoint, natural_order, open_checkpoint
 from qzo.errors import CheckpointError, ConfigError
 from qzo.linear import Live, QuantLinear
+from qzo.mapped import keep_stored
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 _HARMLESS = re.compile(r"(rotary_emb\.inv_freq|\.masked_bias|\.attn\.bias)$")
@@ -54,7 +57,10 @@ def load_checkpoint(
     for layer in checkpoint.layers:
         used |= _place_layer(model, checkpoint, layer, keys[layer], dtype, live)
     live.fork = decoder_blocks(model)[0]
-    _load_rest(model, checkpoint, used, dtype)
+    state = _rest(model, checkpoint, used)
+    model.tie_weights()  # shows which modules share a matrix
+    kept = keep_stored(model, state, dtype, live) if device.type == "cpu" else []
+    _load_rest(model, state, kept, dtype)
     nn.Module.to(model, device)
     model.generation_config = _generation_config(checkpoint.folder, model)
     model.qzo_checkpoint = checkpoint  # type: ignore[assignment]  # not a tensor or module
@@ -204,13 +210,11 @@ def _place_layer(
     return {bias_key, *checkpoint.layer_keys(layer).values()}
 
 
-def _load_rest(
-    model: PreTrainedModel, checkpoint: Checkpoint, used: set[str], dtype: torch.dtype
-) -> None:
-    """Load everything that is not quantized, and tie what is tied.
+def _rest(model: PreTrainedModel, checkpoint: Checkpoint, used: set[str]) -> dict[str, Tensor]:
+    """Return the stored tensors of everything that is not quantized, by their names in the model.
 
     Raises:
-        CheckpointError: A tensor is missing, unexpected, or of another shape.
+        CheckpointError: A tensor is unexpected, or of another shape.
     """
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     state: dict[str, Tensor] = {}
@@ -228,11 +232,32 @@ def _load_rest(
             raise CheckpointError(
                 f"{key}: expected shape {tuple(expected[name])}, got {tuple(tensor.shape)}"
             )
-        state[name] = tensor.to(dtype) if tensor.dtype.is_floating_point else tensor
+        state[name] = tensor
+    return state
+
+
+def _load_rest(
+    model: PreTrainedModel, stored: Mapping[str, Tensor], kept: Sequence[str], dtype: torch.dtype
+) -> None:
+    """Load everything that is not quantized in the dtype of the model, and tie what is tied.
+
+    Args:
+        model: Its quantized layers are in place.
+        stored: By the names of the model.
+        kept: What stays in the dtype of the file.
+        dtype: Of the model.
+
+    Raises:
+        CheckpointError: A tensor is missing.
+    """
+    state = {
+        name: tensor.to(dtype) if tensor.is_floating_point() and name not in kept else tensor
+        for name, tensor in stored.items()
+    }
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
-    for name, parameter in model.named_parameters():
-        if parameter.device.type == "meta":
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        if tensor.device.type == "meta":
             raise CheckpointError(f"{name}: expected this tensor in the checkpoint, not found")
     model.requires_grad_(False)
 
