@@ -6,7 +6,7 @@ holds the scales: most of them copy or permute scales once and ignore later writ
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, cast
@@ -20,8 +20,10 @@ from qzo.checkpoint import Checkpoint, natural_order, open_checkpoint
 from qzo.errors import CheckpointError, ConfigError
 from qzo.linear import Live, QuantLinear
 from qzo.mapped import keep_stored
+from qzo.streaming import Budget, stream
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+Progress = Callable[[int, int], None]
 _HARMLESS = re.compile(r"(rotary_emb\.inv_freq|\.masked_bias|\.attn\.bias)$")
 
 
@@ -46,24 +48,41 @@ def load_checkpoint(
     checkpoint: Checkpoint,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
+    *,
+    budget: Budget | None = None,
+    progress: Progress | None = None,
 ) -> PreTrainedModel:
-    """Load an opened checkpoint; see ``load``."""
+    """Load an opened checkpoint.
+
+    Args:
+        checkpoint: From ``open_checkpoint``.
+        dtype: See ``load``.
+        device: See ``load``.
+        budget: Memory for the model's blocks, which stream where they do not fit; None: no limit.
+        progress: Told how many layers are in place, and of how many.
+    """
     device = torch.device(device)
     model = _skeleton(checkpoint.folder)
     dtype = dtype or (torch.float32 if device.type == "cpu" else _config_dtype(checkpoint))
     keys = _module_keys(model, checkpoint)
     live = Live()
     used: set[str] = set()
-    for layer in checkpoint.layers:
+    for number, layer in enumerate(checkpoint.layers, start=1):
         used |= _place_layer(model, checkpoint, layer, keys[layer], dtype, live)
+        if progress is not None:
+            progress(number, len(checkpoint.layers))
     live.fork = decoder_blocks(model)[0]
     state = _rest(model, checkpoint, used)
     model.tie_weights()  # shows which modules share a matrix
     kept = keep_stored(model, state, dtype, live) if device.type == "cpu" else []
     _load_rest(model, state, kept, dtype)
-    nn.Module.to(model, device)
+    if budget is None:
+        nn.Module.to(model, device)
+    else:
+        stream(model, decoder_blocks(model), device, budget)
     model.generation_config = _generation_config(checkpoint.folder, model)
     model.qzo_checkpoint = checkpoint  # type: ignore[assignment]  # not a tensor or module
+    model.qzo_budget = budget  # type: ignore[assignment]  # as above
     model.eval()
     return model
 

@@ -53,6 +53,7 @@ _FREE = {
     *("output_dir", "resume_from_checkpoint", "report_to", "max_steps", "device", "model", "data"),
     *("logging_steps", "save_steps", "save_total_limit", "per_device_eval_batch_size"),
     *("eval_steps", "eval_data", "num_eval_examples", "load_best_model_at_end"),
+    "memory_limit",
 }
 _COMPARED = ("codes_sha256", "scales_sha256", "generator")
 

@@ -93,6 +93,9 @@ class Trainer:
         eval_dataset: The same, or None.
         callbacks: transformers callbacks.
         tokenizer: Needed for records and generation; that of the checkpoint unless given.
+
+    Raises:
+        ConfigError: There is a memory limit, and the model was loaded without.
     """
 
     def __init__(
@@ -104,6 +107,11 @@ class Trainer:
         callbacks: Sequence[TrainerCallback] = (),
         tokenizer: Any = None,
     ) -> None:
+        if config.memory_limit is not None and getattr(model, "qzo_budget", None) is None:
+            raise ConfigError(
+                "memory_limit: expected a model that streams its blocks, got one that does not; "
+                "run the recipe with qzo train, or leave memory_limit out"
+            )
         self.model, self.config, self.tokenizer = model.eval(), config, tokenizer
         self.folder = Path(config.output_dir)
         layers = trained_layers(model, config.zo.num_blocks)

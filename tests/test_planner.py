@@ -10,7 +10,8 @@ from quantizers.errors import FormatError
 from qzo import parts
 from qzo.errors import CheckpointError, ConfigError
 from qzo.footprint import assumed_quantization
-from qzo.planner import Plan, parse_memory, plan
+from qzo.memory import parse_memory
+from qzo.planner import Plan, plan
 
 GIB = 2**30
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True}
