@@ -107,10 +107,12 @@ def page_ranges(tensors: Iterable[Tensor], maps: Sequence[FileMap]) -> list[Page
     return ranges
 
 
-def whole_files(ranges: Iterable[PageRange], maps: Sequence[FileMap]) -> list[PageRange]:
-    """Return all pages of the files that some ranges belong to."""
-    paths = {pages.path for pages in ranges}
-    return [PageRange(m.start, m.stop - m.start, m.offset, m.path) for m in maps if m.path in paths]
+def whole_maps(ranges: Iterable[PageRange], maps: Sequence[FileMap]) -> list[PageRange]:
+    """Return all pages of the maps that some ranges lie in; tensors there keep them mapped."""
+    starts = [entry.start for entry in maps]
+    places = sorted({bisect_right(starts, pages.start) - 1 for pages in ranges})
+    held = [maps[place] for place in places]
+    return [PageRange(m.start, m.stop - m.start, m.offset, m.path) for m in held]
 
 
 def _joined(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -33,7 +33,8 @@ def loading_progress(console: Console, *, is_silent: bool) -> Iterator[Callable[
     try:
         yield show
     finally:
-        bar.stop()
+        if bar.live.is_started:  # after an error
+            bar.stop()
 
 
 class ProgressCallback(TrainerCallback):

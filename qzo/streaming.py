@@ -25,7 +25,7 @@ from qzo.background import in_background
 from qzo.errors import ConfigError
 from qzo.linear import QuantLinear
 from qzo.mapped import MappedEmbedding, MappedLinear
-from qzo.pages import PageRange, file_maps, page_ranges, whole_files
+from qzo.pages import PageRange, file_maps, page_ranges, whole_maps
 
 _ALIGNMENT = 256  # bytes, of a layer's codes in a buffer
 
@@ -169,7 +169,7 @@ class MappedPages:
         if count < len(self.sizes):
             rows = page_ranges(_tensors(self._embeddings), self._maps)
             self._embeddings.register_forward_hook(lambda *_: _release(rows))
-        files = whole_files((pages for unit in self._ranges for pages in unit), self._maps)
+        files = whole_maps((pages for unit in self._ranges for pages in unit), self._maps)
         available = available_bytes(torch.device("cpu"))
         total = sum(pages.num_bytes for pages in files)
         self._drops_cache = available is not None and total > available

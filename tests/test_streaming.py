@@ -165,7 +165,8 @@ def test_a_block_is_read_one_ahead_of_use() -> None:
     calls: list[tuple[str, int]] = []
 
     class Noted:
-        sizes = [1, 1, 1]
+        def __init__(self) -> None:
+            self.sizes = [1] * 4
 
         def keep(self, count: int) -> None: ...
         def fetch(self, unit: int) -> None:
@@ -225,8 +226,8 @@ def test_a_model_loaded_without_a_limit_is_refused_where_the_recipe_has_one(
     recipe = tiny_recipe(tmp_path, tmp_path / "out", memory_limit="4GiB")
     with pytest.raises(
         ConfigError,
-        match="^memory_limit: expected a model that streams its blocks, got one that does not; "
-        "run the recipe with qzo train, or leave memory_limit out$",
+        match=r"^memory_limit: expected a model that streams its blocks, got one that does not; "
+        r"run the recipe with qzo train, or leave memory_limit out$",
     ):
         Trainer(model, recipe, examples())
 
