@@ -245,15 +245,28 @@ def unpack(tensors: Mapping[str, Tensor], spec: GPTQSpec, layer: str) -> GPTQWei
         layer, "qzeros", tensors["qzeros"], dtypes=(torch.int32,), shape=(groups, packed_out),
         spec=spec,
     )  # fmt: skip
-    if not torch.isfinite(scales).all():
+    if not torch.stack(scales.aminmax()).isfinite().all():  # NaN is both smallest and largest
         raise FormatError(f"{layer}.scales: expected finite values, got NaN or infinity")
     index = _group_index(tensors.get("g_idx"), layer, in_features, group_size, groups)
-    zeros = unpack_zeros(tensors["qzeros"], spec, out_features)
+    zeros = _zeros(tensors["qzeros"], spec, out_features)
+    return GPTQWeight(qweight, zeros, scales, index, spec.bits, in_features)
+
+
+def _zeros(
+    qzeros: Int[Tensor, "groups packed_out"], spec: GPTQSpec, out_features: int
+) -> int | UInt8[Tensor, "groups out"]:
+    """Return the zero points, or one number where all are equal.
+
+    Words that are all equal are unpacked once: so it is in symmetric checkpoints.
+    """
+    is_one_word = packing.words_per_run(spec.bits) == 1 and bool((qzeros == qzeros[0, 0]).all())
+    words = qzeros[:1, :1] if is_one_word else qzeros
+    count = min(out_features, packing.run_length(spec.bits)) if is_one_word else out_features
+    zeros = unpack_zeros(words, spec, count)
     first = int(zeros[0, 0])
-    is_uniform = bool((zeros == first).all())
-    return GPTQWeight(
-        qweight, first if is_uniform else zeros, scales, index, spec.bits, in_features
-    )
+    if (zeros == first).all():
+        return first
+    return unpack_zeros(qzeros, spec, out_features) if is_one_word else zeros
 
 
 def _check_present(tensors: Mapping[str, Tensor], layer: str) -> None:

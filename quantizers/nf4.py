@@ -225,7 +225,7 @@ def unpack(tensors: Mapping[str, Tensor], spec: NF4Spec, layer: str) -> NF4Weigh
             f"{layer}.weight.absmax: expected {num_blocks} values for blocksize {blocksize}, "
             f"got {absmax.numel()}"
         )
-    if not torch.isfinite(absmax).all():
+    if not torch.stack(absmax.aminmax()).isfinite().all():  # NaN is both smallest and largest
         raise FormatError(f"{layer}.weight.absmax: expected finite values, got NaN or infinity")
     return NF4Weight(packed, codebook, absmax, out_features, in_features, blocksize)
 

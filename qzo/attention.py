@@ -33,7 +33,7 @@ class PackedRows:
         is_plain: The tokens lie as the only bucket has them, so nothing has to be gathered.
     """
 
-    buckets: tuple[Int[Tensor, "texts width"], ...]
+    buckets: tuple[Int[Tensor, "_ _"], ...]  # texts, width
     places: Int[Tensor, " tokens"]
     is_plain: bool
 

@@ -2,7 +2,9 @@
 
 import re
 from collections.abc import Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from types import ModuleType
@@ -11,9 +13,10 @@ from typing import Any
 from torch import Tensor
 
 from quantizers.formats import detect
+from qzo.background import in_background
 from qzo.errors import CheckpointError
 from qzo.files import read_json
-from qzo.tensor_files import TensorFiles, tensor_bytes
+from qzo.tensor_files import TensorFiles
 
 
 @dataclass(frozen=True)
@@ -71,20 +74,26 @@ class Checkpoint:
 
     def codes_sha256(self) -> str:
         """Return a digest of everything in the quantized layers but the scales."""
-        return self._digest(scales=False)
+        return self.digests.result()[0]
 
     def scales_sha256(self) -> str:
         """Return a digest of the scales."""
-        return self._digest(scales=True)
+        return self.digests.result()[1]
 
-    def _digest(self, *, scales: bool) -> str:
-        digest = sha256()
+    @cached_property
+    def digests(self) -> "Future[tuple[str, str]]":
+        """Both digests, computed once, in the background from the first look on."""
+        return in_background(self._digests)
+
+    def _digests(self) -> tuple[str, str]:
+        codes, scales = sha256(), sha256()
         for layer in self.layers:
             for role, key in self.layer_keys(layer).items():
-                if (role in self.format.SCALE_ROLES) == scales:
-                    digest.update(key.encode("utf-8"))
-                    digest.update(tensor_bytes(self.tensors[key]))
-        return digest.hexdigest()
+                digest = scales if role in self.format.SCALE_ROLES else codes
+                digest.update(key.encode("utf-8"))
+                for part in self.tensors.read(key):
+                    digest.update(part)
+        return codes.hexdigest(), scales.hexdigest()
 
 
 def open_checkpoint(source: str | Path) -> Checkpoint:

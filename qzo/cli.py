@@ -152,7 +152,7 @@ def plan(
     as_json: AsJSON = False,
 ) -> None:
     """Tell what a training step needs, part by part; needs no weights and no device."""
-    from qzo.planner import parse_memory
+    from qzo.memory import parse_memory
     from qzo.planner import plan as run
 
     with _stdout_for(as_json) as print_json:
@@ -215,12 +215,13 @@ def train(
     from qzo.config import read_recipe
 
     config = read_recipe(recipe, overrides or [])
-    from qzo.progress import ProgressCallback
+    from qzo.progress import ProgressCallback, loading_progress
     from qzo.run import train as run
 
     with _stdout_for(as_json) as print_json:
-        with ProgressCallback(_stderr) as progress:
-            result = run(config, [progress])
+        loading = loading_progress(_stderr, is_silent=as_json)
+        with ProgressCallback(_stderr) as progress, loading as show_loading:
+            result = run(config, [progress], show_loading)
         if as_json:
             print_json(result.to_dict())
             return

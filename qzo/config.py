@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qzo.errors import ConfigError
+from qzo.memory import parse_memory
 
 _OTHER_NAMES = {
     "lr": "learning_rate",
@@ -85,6 +86,7 @@ class Recipe(BaseModel):
     resume_from_checkpoint: bool = False
     device: str | None = None
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    memory_limit: str | None = None  # such as 4GiB; what does not fit streams from the files
 
     zo: ZOConfig = ZOConfig()
 
@@ -200,6 +202,8 @@ def _nearest(key: str) -> str:
 
 
 def _check_together(values: Recipe) -> None:
+    if values.memory_limit is not None:
+        parse_memory(values.memory_limit, "memory_limit")
     if values.zo.estimator == "per_example" and values.zo.coordinates != "row":
         raise ConfigError(
             f"zo.estimator: expected 'spsa' in {values.zo.coordinates!r} coordinates, got "

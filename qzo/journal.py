@@ -12,7 +12,7 @@ scales, so the journal is the smallest adapter there is.
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,13 +67,14 @@ class Journal:
         self.next_step = next_step
         self._marked_step: int | None = None
         self._torn_at: int | None = None
+        self._make_header: Callable[[], Mapping[str, Any]] | None = None
 
     @classmethod
-    def create(cls, path: Path, header: Mapping[str, Any]) -> "Journal":
-        """Start a journal with its header."""
-        header = {"format": "qzo-journal", "version": VERSION, **header}
-        write_bytes(path, _line(header))
-        return cls(path, header, 0)
+    def create(cls, path: Path, make_header: Callable[[], Mapping[str, Any]]) -> "Journal":
+        """Prepare a new journal; nothing is on disk before ``begin``, which makes the header."""
+        journal = cls(path, {}, 0)
+        journal._make_header = make_header
+        return journal
 
     @classmethod
     def open(cls, path: Path) -> "Journal":
@@ -88,6 +89,18 @@ class Journal:
                 journal._marked_step = record.step
         journal._torn_at = torn_at
         return journal
+
+    @property
+    def is_on_disk(self) -> bool:
+        """Tell whether the header is on disk."""
+        return self._make_header is None
+
+    def begin(self) -> None:
+        """Put the header on disk, unless it is there: before anything else of the run."""
+        if self._make_header is not None:
+            self.header = {"format": "qzo-journal", "version": VERSION, **self._make_header()}
+            write_bytes(self.path, _line(self.header))
+            self._make_header = None
 
     @property
     def was_torn(self) -> bool:
@@ -125,6 +138,7 @@ class Journal:
         yield from _records(self.path, lines)
 
     def _write(self, value: Mapping[str, Any]) -> None:
+        self.begin()
         start = self.path.stat().st_size if self._torn_at is None else self._torn_at
         try:
             with self.path.open("ab") as file:

@@ -63,8 +63,9 @@ class Metrics:
         self.path = path
         lines = [line for line in _read(path) if line["step"] <= next_step]
         self.lines = [line for line in lines if CLOSING_KEY not in line]
-        text = "".join(json.dumps(line) + "\n" for line in self.lines)
-        write_bytes(path, text.encode("utf-8"))
+        if path.exists():
+            text = "".join(json.dumps(line) + "\n" for line in self.lines)
+            write_bytes(path, text.encode("utf-8"))
 
     def append(self, line: Mapping[str, Any]) -> None:
         """Add a line; NaN becomes null.
@@ -73,12 +74,13 @@ class Metrics:
             WriteError: The disk is full or the file cannot be written.
         """
         clean = {key: _clean(value) for key, value in line.items()}
-        start = self.path.stat().st_size
+        start = self.path.stat().st_size if self.path.exists() else 0
         try:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(clean) + "\n")
         except OSError as error:
-            os.truncate(self.path, start)
+            if self.path.exists():
+                os.truncate(self.path, start)
             raise WriteError(self.path, error) from error
         self.lines.append(clean)
 

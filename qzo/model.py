@@ -6,6 +6,8 @@ holds the scales: most of them copy or permute scales once and ignore later writ
 """
 
 import re
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,8 +19,11 @@ from quantizers.errors import FormatError
 from qzo.checkpoint import Checkpoint, natural_order, open_checkpoint
 from qzo.errors import CheckpointError, ConfigError
 from qzo.linear import Live, QuantLinear
+from qzo.mapped import keep_stored
+from qzo.streaming import Budget, stream
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+Progress = Callable[[int, int], None]
 _HARMLESS = re.compile(r"(rotary_emb\.inv_freq|\.masked_bias|\.attn\.bias)$")
 
 
@@ -43,21 +48,41 @@ def load_checkpoint(
     checkpoint: Checkpoint,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
+    *,
+    budget: Budget | None = None,
+    progress: Progress | None = None,
 ) -> PreTrainedModel:
-    """Load an opened checkpoint; see ``load``."""
+    """Load an opened checkpoint.
+
+    Args:
+        checkpoint: From ``open_checkpoint``.
+        dtype: See ``load``.
+        device: See ``load``.
+        budget: Memory for the model's blocks, which stream where they do not fit; None: no limit.
+        progress: Told how many layers are in place, and of how many.
+    """
     device = torch.device(device)
     model = _skeleton(checkpoint.folder)
     dtype = dtype or (torch.float32 if device.type == "cpu" else _config_dtype(checkpoint))
     keys = _module_keys(model, checkpoint)
     live = Live()
     used: set[str] = set()
-    for layer in checkpoint.layers:
+    for number, layer in enumerate(checkpoint.layers, start=1):
         used |= _place_layer(model, checkpoint, layer, keys[layer], dtype, live)
+        if progress is not None:
+            progress(number, len(checkpoint.layers))
     live.forked = decoder_blocks(model)
-    _load_rest(model, checkpoint, used, dtype)
-    nn.Module.to(model, device)
+    state = _rest(model, checkpoint, used)
+    model.tie_weights()  # shows which modules share a matrix
+    kept = keep_stored(model, state, dtype, live) if device.type == "cpu" else []
+    _load_rest(model, state, kept, dtype)
+    if budget is None:
+        nn.Module.to(model, device)
+    else:
+        stream(model, decoder_blocks(model), device, budget)
     model.generation_config = _generation_config(checkpoint.folder, model)
     model.qzo_checkpoint = checkpoint  # type: ignore[assignment]  # not a tensor or module
+    model.qzo_budget = budget  # type: ignore[assignment]  # as above
     model.eval()
     return model
 
@@ -204,13 +229,11 @@ def _place_layer(
     return {bias_key, *checkpoint.layer_keys(layer).values()}
 
 
-def _load_rest(
-    model: PreTrainedModel, checkpoint: Checkpoint, used: set[str], dtype: torch.dtype
-) -> None:
-    """Load everything that is not quantized, and tie what is tied.
+def _rest(model: PreTrainedModel, checkpoint: Checkpoint, used: set[str]) -> dict[str, Tensor]:
+    """Return the stored tensors of everything that is not quantized, by their names in the model.
 
     Raises:
-        CheckpointError: A tensor is missing, unexpected, or of another shape.
+        CheckpointError: A tensor is unexpected, or of another shape.
     """
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     state: dict[str, Tensor] = {}
@@ -228,11 +251,32 @@ def _load_rest(
             raise CheckpointError(
                 f"{key}: expected shape {tuple(expected[name])}, got {tuple(tensor.shape)}"
             )
-        state[name] = tensor.to(dtype) if tensor.dtype.is_floating_point else tensor
+        state[name] = tensor
+    return state
+
+
+def _load_rest(
+    model: PreTrainedModel, stored: Mapping[str, Tensor], kept: Sequence[str], dtype: torch.dtype
+) -> None:
+    """Load everything that is not quantized in the dtype of the model, and tie what is tied.
+
+    Args:
+        model: Its quantized layers are in place.
+        stored: By the names of the model.
+        kept: What stays in the dtype of the file.
+        dtype: Of the model.
+
+    Raises:
+        CheckpointError: A tensor is missing.
+    """
+    state = {
+        name: tensor.to(dtype) if tensor.is_floating_point() and name not in kept else tensor
+        for name, tensor in stored.items()
+    }
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
-    for name, parameter in model.named_parameters():
-        if parameter.device.type == "meta":
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        if tensor.device.type == "meta":
             raise CheckpointError(f"{name}: expected this tensor in the checkpoint, not found")
     model.requires_grad_(False)
 

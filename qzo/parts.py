@@ -23,7 +23,7 @@ from qzo.linear import TILE_ELEMENTS
 from qzo.shapes import LinearShape, ModelShapes
 
 TILE_STEP = 32  # rows; a tile has a multiple of them
-WINDOW_ELEMENTS = 2**22  # of all shifted vectors at one time
+WINDOW = 2**18  # elements of one shifted vector at one time
 
 # VmRSS in /proc/self/status of a fresh process (Python 3.11, Linux x86-64, 2 cores) that imported
 # torch 2.13 for CPU, transformers 5.23 with its Llama class, bitsandbytes 0.50, datasets and the
@@ -45,11 +45,13 @@ class Part:
         name: What the memory holds.
         bytes: How much.
         formula: The arithmetic behind it, in words and numbers.
+        streams: Under ``memory_limit`` it is there only while it is used.
     """
 
     name: str
     bytes: int
     formula: str
+    streams: bool = False
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,12 @@ class Workload:
 
 
 def all_parts(
-    shapes: ModelShapes, quantization: Quantization, workload: Workload, row_bytes: int
+    shapes: ModelShapes,
+    quantization: Quantization,
+    workload: Workload,
+    row_bytes: int,
+    *,
+    stored_dtype: str,
 ) -> tuple[Part, ...]:
     """List every part, always in the same order, those of zero bytes included.
 
@@ -95,11 +102,12 @@ def all_parts(
         quantization: How its codes and scales are stored.
         workload: What the step does.
         row_bytes: Activations of one row of the stacked batch.
+        stored_dtype: Of what is not quantized, in the files.
     """
     return (
-        *_file_parts(shapes, quantization),
+        *_file_parts(shapes, quantization, workload.device),
         _master(shapes, quantization, workload.coordinates),
-        *_float_parts(shapes, workload.dtype),
+        *_float_parts(shapes, workload, stored_dtype),
         _tile(shapes, quantization, workload),
         _activations(workload, row_bytes),
         _logits(workload, shapes.vocab_size),
@@ -108,27 +116,42 @@ def all_parts(
     )
 
 
-def _file_parts(shapes: ModelShapes, quantization: Quantization) -> tuple[Part, ...]:
-    """Count what stays as it lies in the file, and what reading adds to it."""
+def _file_parts(shapes: ModelShapes, quantization: Quantization, device: str) -> tuple[Part, ...]:
+    """Count what stays as it lies in the file, and what reading adds to it.
+
+    On a CPU all of it can stream, on CUDA the codes alone.
+    """
+    is_mapped = device == "cpu"
     layers, bits = shapes.linears, quantization.bits
     weights = sum(layer.out_features * layer.in_features for layer in layers)
     scales = sum(num_scales(layer, quantization) for layer in layers)
     codes = sum(codes_bytes(layer, quantization) for layer in layers)
     group_index = sum(group_index_bytes(layer, quantization) for layer in layers)
     return (
-        Part("codes", codes, f"{weights:,} weights x {bits} bits, as in the file (mapped pages)"),
-        _zeros(shapes, quantization),
+        Part(
+            "codes",
+            codes,
+            f"{weights:,} weights x {bits} bits, as in the file (mapped pages)",
+            streams=True,
+        ),
+        _zeros(shapes, quantization, is_mapped=is_mapped),
         Part(
             "base scales",
             sum(scales_bytes(layer, quantization) for layer in layers),
             f"{scales:,} scales x {_scale_words(quantization)}, as in the file",
+            streams=is_mapped,
         ),
         Part(
             "un-nested scales",
             4 * scales if quantization.is_nested else 0,
             f"{scales:,} x 4 bytes" if quantization.is_nested else "scales are not nested",
         ),
-        Part("g_idx", group_index, "4 bytes an input column" if group_index else "none"),
+        Part(
+            "g_idx",
+            group_index,
+            "4 bytes an input column" if group_index else "none",
+            streams=is_mapped,
+        ),
     )
 
 
@@ -138,14 +161,14 @@ def _scale_words(quantization: Quantization) -> str:
     return "(1 byte + 4 bytes / 256)" if quantization.is_nested else "4 bytes"
 
 
-def _zeros(shapes: ModelShapes, quantization: Quantization) -> Part:
+def _zeros(shapes: ModelShapes, quantization: Quantization, *, is_mapped: bool) -> Part:
     packed = sum(zeros_bytes(layer, quantization) for layer in shapes.linears)
     if not packed:
         return Part("zeros", 0, f"{quantization.format} has none")
     count = sum(num_scales(layer, quantization) for layer in shapes.linears)
     formula = f"{count:,} zero points x {quantization.bits} bits, as in the file"
     if quantization.is_symmetric:
-        return Part("zeros", packed, formula)
+        return Part("zeros", packed, formula, streams=is_mapped)
     return Part("zeros", packed + count, f"{formula}, + 1 byte each when unpacked")
 
 
@@ -162,17 +185,25 @@ def _master(shapes: ModelShapes, quantization: Quantization, coordinates: str) -
     return Part("master", 4 * count, f"{count:,} {unit} x 4 bytes (the trained vector, fp32)")
 
 
-def _float_parts(shapes: ModelShapes, dtype: str) -> tuple[Part, ...]:
-    """Count the weights that are not quantized; they are converted to the activations' type."""
-    size = DTYPES[dtype].itemsize
+def _float_parts(shapes: ModelShapes, workload: Workload, stored_dtype: str) -> tuple[Part, ...]:
+    """Count the weights that are not quantized.
 
-    def part(name: str, count: int, none: str) -> Part:
-        return Part(name, size * count, f"{count:,} x {size} bytes ({dtype})" if count else none)
+    They are converted to the activations' type; on a CPU embeddings and head stay in the file.
+    """
+    is_mapped = workload.device == "cpu"
 
+    def part(name: str, count: int, none: str, *, is_file: bool) -> Part:
+        dtype = stored_dtype if is_file else workload.dtype
+        size = DTYPES[dtype].itemsize
+        where = ", as in the file (mapped pages)" if is_file else ""
+        formula = f"{count:,} x {size} bytes ({dtype}{where})" if count else none
+        return Part(name, size * count, formula, streams=is_file)
+
+    head = "tied to the embeddings, or quantized"
     return (
-        part("embeddings", shapes.num_embedding, "none"),
-        part("head", shapes.num_head, "tied to the embeddings, or quantized"),
-        part("norms, biases, other", shapes.num_other, "none"),
+        part("embeddings", shapes.num_embedding, "none", is_file=is_mapped),
+        part("head", shapes.num_head, head, is_file=is_mapped),
+        part("norms, biases, other", shapes.num_other, "none", is_file=False),
     )
 
 
@@ -222,7 +253,7 @@ def _directions(shapes: ModelShapes, quantization: Quantization, workload: Workl
     trained = [
         num_trained((layer,), quantization, workload.coordinates) for layer in shapes.linears
     ]
-    window = probes * min(sum(trained), max(WINDOW_ELEMENTS // probes, *trained))
+    window = probes * min(sum(trained), max(WINDOW, *trained))
     most = max(num_scales(layer, quantization) for layer in shapes.linears)
     copies = 1 + (workload.num_probes if workload.coordinates == "relative" else 0)
     formula = (

@@ -5,7 +5,6 @@
 bound: the logits exist when the activations of the last layer are already gone.
 """
 
-import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -34,12 +33,6 @@ from qzo.shapes import (
     head_name,
     model_shapes,
 )
-
-_UNITS = {"b": 1} | {
-    f"{prefix}{suffix}": base ** (power + 1)
-    for suffix, base in (("b", 1000), ("ib", 1024))
-    for power, prefix in enumerate("kmgt")
-}
 
 
 @dataclass(frozen=True)
@@ -130,21 +123,6 @@ def plan(
     return _plan(config, quantization, workload, memory_bytes)
 
 
-def parse_memory(text: str) -> int:
-    """Turn ``24GiB``, ``8 GB`` or ``500MiB`` into bytes.
-
-    Raises:
-        ConfigError: It is no number above 0 with a unit.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+)\s*", text.lower())
-    size = float(match[1]) * _UNITS.get(match[2], 0) if match else 0.0
-    if size < 1:
-        raise ConfigError(
-            f"memory: expected a number with a unit, such as 24GiB, 8GB or 500MiB, got {text!r}"
-        )
-    return int(size)
-
-
 def _check_workload(workload: Workload) -> None:
     for key in ("batch_size", "seq_len", "answer_len", "num_probes"):
         if getattr(workload, key) < 1:
@@ -170,7 +148,13 @@ def _plan(
 
     @cache
     def parts(batch_size: int) -> tuple[Part, ...]:
-        return all_parts(shapes, quantization, replace(workload, batch_size=batch_size), row_bytes)
+        return all_parts(
+            shapes,
+            quantization,
+            replace(workload, batch_size=batch_size),
+            row_bytes,
+            stored_dtype=_stored_dtype(config),
+        )
 
     def peak(batch_size: int) -> int:
         return sum(part.bytes for part in parts(batch_size))
@@ -227,11 +211,15 @@ def _verdict(batch_size: int, fitting: int | None) -> str:
 def _checkpoint_bytes(
     shapes: ModelShapes, quantization: Quantization, config: dict[str, Any]
 ) -> int:
-    dtype = str(config.get("dtype") or config.get("torch_dtype") or "float16")
-    size = DTYPES[dtype].itemsize if dtype in DTYPES else 2
+    size = DTYPES[_stored_dtype(config)].itemsize
     of_layer = (codes_bytes, zeros_bytes, scales_bytes, group_index_bytes)
     quantized = sum(count(layer, quantization) for layer in shapes.linears for count in of_layer)
     return quantized + size * (shapes.num_embedding + shapes.num_head + shapes.num_other)
+
+
+def _stored_dtype(config: dict[str, Any]) -> str:
+    dtype = str(config.get("dtype") or config.get("torch_dtype") or "float16")
+    return dtype if dtype in DTYPES else "float16"
 
 
 def _notes(quantization: Quantization, workload: Workload, attention: str) -> tuple[str, ...]:

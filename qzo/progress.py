@@ -1,10 +1,40 @@
 """Progress on the terminal: loss, derivative, clip rate and time left."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+_MANY_LAYERS = 200  # of a model that takes more than a moment to load
+
+
+@contextmanager
+def loading_progress(console: Console, *, is_silent: bool) -> Iterator[Callable[[int, int], None]]:
+    """Give a function that shows how many layers of a model are in place, and of how many.
+
+    Args:
+        console: Where to; nothing is shown where it is no terminal.
+        is_silent: Show nothing.
+    """
+    bar = Progress(console=console, transient=True)
+    task = bar.add_task("loading", total=None)
+
+    def show(done: int, total: int) -> None:
+        if is_silent or not console.is_terminal or total < _MANY_LAYERS:
+            return
+        bar.start()
+        bar.update(task, completed=done, total=total)
+        if done == total:  # a terminal has room for one bar: training's comes next
+            bar.stop()
+
+    try:
+        yield show
+    finally:
+        if bar.live.is_started:  # after an error
+            bar.stop()
 
 
 class ProgressCallback(TrainerCallback):

@@ -13,17 +13,34 @@ from qzo.config import Recipe
 from qzo.errors import ConfigError
 from qzo.examples import ExampleSet, read_set, split_records
 from qzo.files import read_json, write_bytes
-from qzo.model import load_checkpoint, load_tokenizer
+from qzo.memory import parse_memory
+from qzo.model import Progress, load_checkpoint, load_tokenizer
+from qzo.planner import plan
 from qzo.plot import plot_run
+from qzo.streaming import Budget, available_bytes
 from qzo.trainer import Result, Trainer
 
+_SMALL = 0.5  # of the memory: a checkpoint that is smaller is not planned before it is loaded
 
-def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> Result:
-    """Train as a recipe says, and write everything that belongs into the run folder."""
+
+def train(
+    recipe: Recipe,
+    callbacks: Sequence[TrainerCallback] = (),
+    progress: Progress | None = None,
+) -> Result:
+    """Train as a recipe says, and write everything that belongs into the run folder.
+
+    Args:
+        recipe: What to do.
+        callbacks: transformers callbacks.
+        progress: See ``load_checkpoint``.
+    """
     checkpoint = base_checkpoint(recipe)
+    _ = checkpoint.digests  # read in the background; the journal will need them
     tokenizer = load_tokenizer(checkpoint.folder)
     train_set, eval_set = data_sets(recipe, tokenizer)
-    model = load_checkpoint(checkpoint, _dtype(recipe), device_of(recipe.device))
+    sets = [data for data in (train_set, eval_set) if data is not None]
+    model = load_model(recipe, checkpoint, sets, progress)
     trainer = Trainer(model, recipe, train_set, eval_set, callbacks, tokenizer)
     result = trainer.train()
     folder = Path(recipe.output_dir)
@@ -31,6 +48,78 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> Result:
     write_bytes(folder / "README.md", card.encode("utf-8"))
     plot_run(folder)
     return result
+
+
+def load_model(
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    sets: Sequence[ExampleSet],
+    progress: Progress | None = None,
+) -> PreTrainedModel:
+    """Load the model of a recipe; its blocks stream where memory says so.
+
+    Args:
+        recipe: What to do.
+        checkpoint: Its base.
+        sets: Training examples and, if there are any, those to evaluate on.
+        progress: See ``load_checkpoint``.
+    """
+    device = device_of(recipe.device)
+    budget = _budget(recipe, checkpoint, sets, device)
+    return load_checkpoint(checkpoint, _dtype(recipe), device, budget=budget, progress=progress)
+
+
+def _budget(
+    recipe: Recipe, checkpoint: Checkpoint, sets: Sequence[ExampleSet], device: torch.device
+) -> Budget | None:
+    """Return the memory of a run where it is limited, or where the plan says that it is short.
+
+    Raises:
+        ConfigError: There is a limit, and the architecture cannot be planned.
+    """
+    if recipe.memory_limit is not None:
+        limit, is_given = parse_memory(recipe.memory_limit, "memory_limit"), True
+    else:
+        available = available_bytes(device)
+        if available is None or checkpoint.tensors.num_bytes < _SMALL * available:
+            return None
+        limit, is_given = available, False
+    try:
+        streaming, other = _planned_bytes(recipe, checkpoint, sets, device)
+    except ConfigError:
+        if is_given:
+            raise
+        return None
+    if not is_given and streaming + other <= limit:
+        return None
+    return Budget(limit, other, is_given)
+
+
+def _planned_bytes(
+    recipe: Recipe, checkpoint: Checkpoint, sets: Sequence[ExampleSet], device: torch.device
+) -> tuple[int, int]:
+    """Return what can stream, and all the other memory of a run with these examples."""
+    zo = recipe.zo
+    probes = 2 * (zo.num_directions if zo.estimator == "spsa" else 1)
+    rows = probes * _most_rows(sets[0]) * recipe.per_device_train_batch_size
+    for data in sets[1:]:
+        rows = max(rows, _most_rows(data) * recipe.per_device_eval_batch_size)
+    lengths = [len(row) for data in sets for example in data.examples for row in example.rows]
+    dtype = "float32" if device.type == "cpu" else recipe.dtype or "float16"
+    planned = plan(
+        checkpoint.folder,
+        batch_size=-(-rows // probes),
+        seq_len=max(lengths, default=recipe.max_length),
+        coordinates=zo.coordinates,
+        num_probes=probes,
+        dtype=dtype,
+    )
+    streaming = sum(part.bytes for part in planned.parts if part.streams)
+    return streaming, planned.peak_bytes - streaming
+
+
+def _most_rows(data: ExampleSet) -> int:
+    return max((len(example.rows) for example in data.examples), default=1)
 
 
 def base_checkpoint(recipe: Recipe) -> Checkpoint:

@@ -1,7 +1,7 @@
 """The files of a run folder besides the scales: header, recipe, reference loss."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,10 @@ REFERENCE_NAME = "reference.json"
 
 
 def header_of(config: Recipe, checkpoint: Checkpoint, scales: Scales) -> dict[str, Any]:
-    """Return the header of the journal: everything that a replay needs and a resume compares."""
+    """Return the header of the journal: everything that a replay needs and a resume compares.
+
+    Waits for the digests of the checkpoint, which take a second or so a GB.
+    """
     return {
         "qzo_version": __version__,
         "torch_version": torch.__version__,
@@ -50,12 +53,17 @@ _FREE = {
     *("output_dir", "resume_from_checkpoint", "report_to", "max_steps", "device", "model", "data"),
     *("logging_steps", "save_steps", "save_total_limit", "per_device_eval_batch_size"),
     *("eval_steps", "eval_data", "num_eval_examples", "load_best_model_at_end"),
+    "memory_limit",
 }
 _COMPARED = ("codes_sha256", "scales_sha256", "generator")
 
 
-def open_journal(config: Recipe, header: Mapping[str, Any]) -> Journal:
-    """Start the journal of a run, or continue it.
+def open_journal(config: Recipe, make_header: Callable[[], Mapping[str, Any]]) -> Journal:
+    """Prepare the journal of a new run, or continue one.
+
+    Args:
+        config: The recipe.
+        make_header: Called at once where a run is continued, else when the journal begins.
 
     Raises:
         CheckpointError: The folder is not empty, cannot be written, or holds another run.
@@ -65,7 +73,7 @@ def open_journal(config: Recipe, header: Mapping[str, Any]) -> Journal:
     path = folder / JOURNAL_NAME
     if config.resume_from_checkpoint and path.exists():
         journal = Journal.open(path)
-        _check_same(journal, header)
+        _check_same(journal, make_header())
         _write_recipe(folder, config)
         return journal
     others = (
@@ -80,9 +88,14 @@ def open_journal(config: Recipe, header: Mapping[str, Any]) -> Journal:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise WriteError(folder, error) from error
-    journal = Journal.create(path, header)  # first: with it, a run can be continued
-    _write_recipe(folder, config)
-    return journal
+    return Journal.create(path, make_header)
+
+
+def begin(journal: Journal, config: Recipe) -> None:
+    """Write the first files of a new run; the journal first: with it, a run can be continued."""
+    if not journal.is_on_disk:
+        journal.begin()
+        _write_recipe(journal.path.parent, config)
 
 
 def _write_recipe(folder: Path, config: Recipe) -> None:

@@ -170,8 +170,6 @@ class _LiveBytes(TorchDispatchMode):
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor) and leaf.untyped_storage()._cdata not in known:
                 self._watch(leaf.untyped_storage())
-        if func is torch.ops.aten.linear.default:  # see QuantLinear.forward
-            self.peak = max(self.peak, self.live + args[0].nbytes + result.nbytes)
         return result
 
     def _watch(self, storage: torch.UntypedStorage) -> None:

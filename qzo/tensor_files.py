@@ -9,7 +9,7 @@ element size in the mapped pages. Source: safetensors documentation, "Format".
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,9 @@ _DTYPE_NAMES = {
 }
 
 
+_READ_BYTES = 2**22  # of a tensor that is read as a stream
+
+
 class TensorFiles:
     """The tensors of a folder of safetensors files, by key.
 
@@ -54,6 +57,7 @@ class TensorFiles:
     def __init__(self, folder: Path, names: Sequence[str] | None = None) -> None:
         self.folder = folder
         self._open: dict[str, Any] = {}
+        self._offsets: dict[str, dict[str, tuple[int, int]]] = {}
         self.files: dict[str, str] = {}
         for name in shard_names(folder) if names is None else names:
             for key in self._file(name).offset_keys():
@@ -74,6 +78,33 @@ class TensorFiles:
         tensor: Tensor = self._file(self.files[key]).get_tensor(key)
         return tensor
 
+    def read(self, key: str) -> Iterator[memoryview]:
+        """Yield the bytes of a tensor part by part, read from the file and not through the map.
+
+        A part is only valid until the next one: they share a buffer.
+
+        Raises:
+            CheckpointError: The file ends before the tensor does.
+        """
+        path = self.folder / self.files[key]
+        if self.files[key] not in self._offsets:
+            self._offsets[self.files[key]] = _data_offsets(path)
+        start, stop = self._offsets[self.files[key]][key]
+        buffer = memoryview(bytearray(min(_READ_BYTES, stop - start)))
+        with path.open("rb", buffering=0) as file:
+            file.seek(start)
+            while start < stop:
+                count = file.readinto(buffer[: stop - start])
+                if not count:
+                    raise CheckpointError(f"{path}: expected {key} up to byte {stop}, got {start}")
+                yield buffer[:count]
+                start += count
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all files."""
+        return sum((self.folder / name).stat().st_size for name in set(self.files.values()))
+
     def metadata(self, file: str) -> dict[str, str]:
         """Return the metadata of one file's header."""
         return dict(self._file(file).metadata() or {})
@@ -87,6 +118,18 @@ class TensorFiles:
                 reason = str(error).splitlines()[0]
                 raise CheckpointError(f"{path}: expected a safetensors file: {reason}") from error
         return self._open[name]
+
+
+def _data_offsets(path: Path) -> dict[str, tuple[int, int]]:
+    """Return where in a file the bytes of each tensor start and stop."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    return {
+        key: (8 + length + entry["data_offsets"][0], 8 + length + entry["data_offsets"][1])
+        for key, entry in header.items()
+        if key != "__metadata__"
+    }
 
 
 def shard_names(folder: Path) -> list[str]:

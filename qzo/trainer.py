@@ -40,7 +40,7 @@ from qzo.objective import Objective
 from qzo.optimizers import OPTIMIZERS
 from qzo.probes import Probe
 from qzo.replay import adapter_config, apply_journal, check_fingerprint
-from qzo.run_folder import header_of, open_journal, write_reference
+from qzo.run_folder import begin, header_of, open_journal, write_reference
 from qzo.scales import Scales
 from qzo.schedules import learning_rate
 from qzo.wrap import checkpoint_of, tokenizer_of
@@ -93,6 +93,9 @@ class Trainer:
         eval_dataset: The same, or None.
         callbacks: transformers callbacks.
         tokenizer: Needed for records and generation; that of the checkpoint unless given.
+
+    Raises:
+        ConfigError: There is a memory limit, and the model was loaded without.
     """
 
     def __init__(
@@ -104,6 +107,11 @@ class Trainer:
         callbacks: Sequence[TrainerCallback] = (),
         tokenizer: Any = None,
     ) -> None:
+        if config.memory_limit is not None and getattr(model, "qzo_budget", None) is None:
+            raise ConfigError(
+                "memory_limit: expected a model that streams its blocks, got one that does not; "
+                "run the recipe with qzo train, or leave memory_limit out"
+            )
         self.model, self.config, self.tokenizer = model.eval(), config, tokenizer
         self.folder = Path(config.output_dir)
         layers = trained_layers(model, config.zo.num_blocks)
@@ -137,7 +145,9 @@ class Trainer:
         """
         config, scales, estimator = self.config, self.scales, self.estimator
         self.checkpoint = checkpoint_of(self.model, self.folder / "base")
-        journal = open_journal(config, header_of(config, self.checkpoint, scales))
+        _ = self.checkpoint.digests  # for the header; they need not be there before the first step
+        journal = open_journal(config, lambda: header_of(config, self.checkpoint, scales))
+        self._journal = journal
         self._restore(journal)
         self.metrics = Metrics(self.folder / "metrics.jsonl", journal.next_step)
         self._window, skipped, skipped_in_a_row = Window(), 0, 0
@@ -153,6 +163,7 @@ class Trainer:
             losses = self.objective.losses(probes, batch)
             derivatives = estimator.tell(probes, losses)
             rate = self._learning_rate(step)
+            begin(journal, config)
             journal.append(step, losses, derivatives, rate)
             usable = [d for d in derivatives if math.isfinite(d.value)]
             self.optimizer.step(scales, usable, rate)
@@ -212,6 +223,8 @@ class Trainer:
     def _restore(self, journal: Journal) -> None:
         """Bring the scales to the end of the journal, from the newest snapshot on."""
         self.scales.reset()
+        if not journal.is_on_disk:
+            return
         start = 0
         for folder in reversed(self._snapshots()):
             values, state = read_snapshot(folder)
@@ -270,6 +283,7 @@ class Trainer:
         if self.eval_set is None or self.metrics.has_evaluation(step):
             return None
         result = self.evaluate()
+        begin(self._journal, self.config)
         best = self.metrics.best()
         if best is None or result.loss < best[1]:  # before it is noted: a stop repeats both
             self._snapshot(self.folder / "best", step)

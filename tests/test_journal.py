@@ -27,7 +27,8 @@ def derivative(value: float) -> DirectionalDerivative:
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     """A journal of a header, two steps, a fingerprint and a third step."""
-    journal = Journal.create(tmp_path / "journal.jsonl", HEADER)
+    journal = Journal.create(tmp_path / "journal.jsonl", lambda: HEADER)
+    journal.begin()
     journal.append(0, [1.5, 0.1], [derivative(70.0)], 0.5)
     journal.append(1, [math.nan, 2.0], [derivative(math.nan)], 0.25)
     journal.mark("f1")

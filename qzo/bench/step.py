@@ -118,7 +118,8 @@ class QZOStep:
         }
         self._trainer = Trainer(model, recipe(values), from_encoded(examples))
         folder.mkdir(parents=True, exist_ok=True)
-        self._journal = Journal.create(folder / NAME, {})
+        self._journal = Journal.create(folder / NAME, dict)
+        self._journal.begin()
 
     def step(self, part: Part = lambda _: nullcontext()) -> list[float]:
         """Take one step as ``Trainer.train`` does; return its losses.

@@ -12,7 +12,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import (
     PreTrainedModel,
@@ -33,8 +32,8 @@ from qzo.examples import from_encoded
 from qzo.files import read_json, write_json
 from qzo.journal import NAME, Journal, Step
 from qzo.linear import QuantLinear
-from qzo.model import decoder_blocks, load_checkpoint
-from qzo.run import device_of
+from qzo.model import decoder_blocks
+from qzo.run import load_model
 from qzo.trainer import Trainer
 
 
@@ -155,10 +154,12 @@ def train(settings: RunSettings) -> dict[str, Any]:
     """Train in this process; return times and losses, these as hexadecimal floats."""
     with TemporaryDirectory() as folder:
         config = settings.recipe(Path(folder) / "run")
-        model = _load(config)
-        times = _Times(model)
+        checkpoint = open_checkpoint(config.model)
+        _ = checkpoint.digests  # as qzo train does it: read in the background
         lengths = [settings.seq_len] * settings.batch_size
-        examples = from_encoded(random_examples(lengths, model.config.vocab_size))
+        examples = from_encoded(random_examples(lengths, checkpoint.config["vocab_size"]))
+        model = load_model(config, checkpoint, [examples])
+        times = _Times(model)
         Trainer(model, config, examples, callbacks=[times]).train()
         records = Journal.open(Path(config.output_dir) / NAME).records()
         losses = [record.losses for record in records if isinstance(record, Step)]
@@ -167,11 +168,6 @@ def train(settings: RunSettings) -> dict[str, Any]:
         "step_seconds": times.steps,
         "losses": [[float("nan" if x is None else x).hex() for x in step] for step in losses],
     }
-
-
-def _load(config: Recipe) -> PreTrainedModel:
-    dtype = None if config.dtype is None else getattr(torch, config.dtype)
-    return load_checkpoint(open_checkpoint(config.model), dtype, device_of(config.device))
 
 
 def main(arguments: Sequence[str]) -> None:
