@@ -186,10 +186,12 @@ class QuantLinear(nn.Module):
     def _product(
         self, x: Float[Tensor, "tokens in"], bounds: Sequence[int], effective: EffectiveScales
     ) -> Float[Tensor, "tokens out"]:
-        y = x.new_empty(len(x), self.out_features)
-        for rows in self._tiles():
-            decoded = self.quantized.decode(rows, self._buffer("decoded", rows, x))
-            self._tile_product(x, decoded, rows, bounds, effective, y)
+        y = _cuda_product(self.quantized, x, bounds, effective) if x.is_cuda else None
+        if y is None:
+            y = x.new_empty(len(x), self.out_features)
+            for rows in self._tiles():
+                decoded = self.quantized.decode(rows, self._buffer("decoded", rows, x))
+                self._tile_product(x, decoded, rows, bounds, effective, y)
         if isinstance(effective, RowMultipliers):
             multipliers = effective.multipliers.to(x.dtype)
             for p, (start, stop) in enumerate(pairwise(bounds)):
@@ -206,12 +208,7 @@ class QuantLinear(nn.Module):
         y: Float[Tensor, "tokens out"],
     ) -> None:
         """Fill the columns ``rows`` of ``y``."""
-        if isinstance(effective, RowMultipliers):
-            sets, bounds = [effective.scales], [0, len(x)]
-        else:
-            sets = list(effective.scales)
-            if len(sets) == 1:
-                bounds = [0, len(x)]
+        sets, bounds = _scale_sets(effective, bounds, len(x))
         name = "decoded" if len(sets) == 1 else "scaled"  # one set: scale in place
         for scales, start, stop in zip(sets, bounds, bounds[1:], strict=False):
             buffer = self._buffer(name, rows, x)
@@ -225,3 +222,25 @@ class QuantLinear(nn.Module):
         step = max(TILE_ELEMENTS // self.in_features // _TILE_STEP, 1) * _TILE_STEP
         for start in range(0, self.out_features, step):
             yield slice(start, min(start + step, self.out_features))
+
+
+def _scale_sets(
+    effective: EffectiveScales, bounds: Sequence[int], num_tokens: int
+) -> tuple[Sequence[Float[Tensor, "scale_rows groups"]], Sequence[int]]:
+    """Return the sets of scales that a product needs, and the bounds of the tokens of each."""
+    if isinstance(effective, RowMultipliers):
+        return [effective.scales], [0, num_tokens]
+    return effective.scales, bounds if len(effective.scales) > 1 else [0, num_tokens]
+
+
+def _cuda_product(
+    weight: QuantizedWeight,
+    x: Float[Tensor, "tokens in"],
+    bounds: Sequence[int],
+    effective: EffectiveScales,
+) -> Float[Tensor, "tokens out"] | None:
+    """Return the product before row multipliers and bias, or None where no kernel fits."""
+    from qzo.cuda_product import cuda_product  # here only: CPU runs need none of it
+
+    sets, bounds = _scale_sets(effective, bounds, len(x))
+    return cuda_product(weight, x, bounds, sets)
