@@ -4,9 +4,7 @@
 - GPTQ of 2, 4 and 8 bits: Triton kernels that read the codes once for all sets.
 - Anything else: no kernel, and the caller computes tile by tile in plain torch.
 
-Torch's own ``_weight_int4pack_mm`` is not among them. It wants a second, rearranged copy of the
-codes, and rounds scales to bf16: its steps of 0.4 % are as large as what a probe changes
-(``zo.epsilon`` 1e-2, or 1e-3), while the kernels here take the scales in fp32.
+Torch's own operator for 4 bits is not among them; ``qzo.int4pack`` says why.
 
 Not yet timed on a GPU.
 """
@@ -63,13 +61,14 @@ def bitsandbytes_product(
     scales: Sequence[Float[Tensor, "scale_rows groups"]],
 ) -> Float[Tensor, "tokens out"]:
     """Return the product by bitsandbytes' operators; see ``cuda_product``."""
-    if len(scales) == 1:
-        return _bitsandbytes_matmul(weight, x, scales[0])
-    y = x.new_empty(len(x), weight.out_features)
-    for absmax, (start, stop) in zip(scales, pairwise(bounds), strict=True):
-        if start < stop:
-            y[start:stop] = _bitsandbytes_matmul(weight, x[start:stop], absmax)
-    return y
+    parts = [
+        _bitsandbytes_matmul(weight, x[start:stop], absmax)
+        for absmax, (start, stop) in zip(scales, pairwise(bounds), strict=True)
+        if start < stop
+    ]
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat(parts) if parts else x.new_empty(0, weight.out_features)
 
 
 def _bitsandbytes_matmul(

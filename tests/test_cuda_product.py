@@ -104,6 +104,12 @@ def test_blocks_that_cross_rows_take_absmax_in_the_order_of_the_file(count: int)
         assert relative_error(got[start:stop], x[start:stop] @ dense.T) < 1e-5
 
 
+def test_no_tokens_give_no_outputs() -> None:
+    weight = nf4_layer(blocksize=32)
+    got = product(weight, normal(0, IN), (0, 0, 0), several_scales(weight, 2))
+    assert got.shape == (0, OUT)
+
+
 def test_bitsandbytes_without_the_whole_product_still_dequantizes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -173,13 +179,10 @@ BUILDS: dict[str, QuantizedWeight] = {
 every_build = pytest.mark.parametrize("weight", BUILDS.values(), ids=BUILDS)
 
 
-def effective_scales(weight: QuantizedWeight, kind: str, device: str = "cpu") -> EffectiveScales:
-    scales = [each.to(device) for each in several_scales(weight, 2)]
-    if kind == "probes":
-        return ProbeScales(scales)
-    if kind == "one":
-        return ProbeScales(scales[:1])
-    return RowMultipliers(scales[0], (1 + 0.2 * normal(2, OUT, seed=4)).to(device))
+def effective_scales(kind: str, scales: Sequence[Tensor], multipliers: Tensor) -> EffectiveScales:
+    if kind == "multipliers":
+        return RowMultipliers(scales[0], multipliers)
+    return ProbeScales(scales if kind == "probes" else scales[:1])
 
 
 def see(layer: QuantLinear, effective: EffectiveScales, rows: Rows) -> None:
@@ -194,7 +197,8 @@ def test_a_layer_computes_the_same_on_the_cuda_path(
     weight: QuantizedWeight, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layer = QuantLinear("layer", weight, normal(OUT, seed=3), Live())
-    see(layer, effective_scales(weight, kind), Rows((0, 1, 3), (5, 2, 4)))
+    scales, factors = several_scales(weight, 2), 1 + 0.2 * normal(2, OUT, seed=4)
+    see(layer, effective_scales(kind, scales, factors), Rows((0, 1, 3), (5, 2, 4)))
     x = normal(3, 5, IN)
     want = layer(x)
     tiles = layer.live.buffers
@@ -224,6 +228,21 @@ def test_outputs_are_where_the_codes_are(tokens: int, name: str) -> None:
     assert (got.shape, got.dtype, got.device.type) == ((tokens, OUT), torch.bfloat16, "meta")
 
 
+@needs_triton
+@every_build
+@pytest.mark.parametrize("kind", ["probes", "one", "multipliers"])
+def test_a_moved_layer_computes_where_it_is(
+    weight: QuantizedWeight, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = QuantLinear("layer", weight, normal(OUT, seed=3), Live()).to("meta")
+    scales = [torch.empty(weight.scales.shape, device="meta") for _ in range(2)]
+    factors = torch.empty(2, OUT, device="meta")
+    see(layer, effective_scales(kind, scales, factors), Rows((0, 1, 3), (5, 5, 5)))
+    on_cuda(monkeypatch)
+    got = layer(torch.empty(3, 2, IN, device="meta"))
+    assert (got.shape, got.device.type) == ((3, 2, OUT), "meta")
+
+
 @pytest.mark.gpu
 @every_build
 @pytest.mark.parametrize("kind", ["probes", "one", "multipliers"])
@@ -234,10 +253,12 @@ def test_a_layer_on_a_gpu_equals_the_layer_on_the_cpu(
 ) -> None:
     x, rows = normal(3, width, IN).to(dtype), Rows((0, 1, 3), (width,) * 3)
     layer = QuantLinear("layer", weight, normal(OUT, seed=3).to(dtype), Live())
-    see(layer, effective_scales(weight, kind), rows)
+    scales, factors = several_scales(weight, 2), 1 + 0.2 * normal(2, OUT, seed=4)
+    see(layer, effective_scales(kind, scales, factors), rows)
     want = layer(x)
     layer.to("cuda")
-    see(layer, effective_scales(weight, kind, "cuda"), rows)
+    scales, factors = [each.to("cuda") for each in scales], factors.to("cuda")
+    see(layer, effective_scales(kind, scales, factors), rows)
     got = layer(x.to("cuda"))
     assert got.is_cuda
     # float32: sums in another order, and four digits of a codebook. Others: on either side a
