@@ -33,6 +33,15 @@ SCALE_ROLES = frozenset({"absmax", "nested_absmax", "nested_quant_map", "quant_s
 _STATE_MARK = ".weight.quant_state.bitsandbytes__"
 _STATE_BYTES_MAX = 4096
 _FUSED_BLOCKS = (32, 64, 128, 256, 512, 1024)  # larger ones are less accurate there on AVX512
+# What bitsandbytes' kernels have built in; NF4 is from QLoRA (arXiv 2305.14314), appendix E.
+_FP4_MAGNITUDES = (0, 1 / 192, 2 / 3, 1, 1 / 3, 1 / 2, 1 / 6, 1 / 4)
+_CODEBOOKS = {
+    "nf4": (
+        *(-1.0, -0.6961928, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.09105004, 0.0),
+        *(0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0),
+    ),
+    "fp4": (*_FP4_MAGNITUDES, *(-value for value in _FP4_MAGNITUDES)),
+}
 _NESTED_FIELDS = ("nested_blocksize", "nested_dtype", "nested_offset")
 
 
@@ -81,7 +90,11 @@ def tensor_names(layer: str, spec: NF4Spec) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class NF4Weight:
-    """One layer in its file layout; see ``QuantizedWeight``."""
+    """One layer in its file layout; see ``QuantizedWeight``.
+
+    Attributes:
+        quant_type: ``nf4`` or ``fp4`` where the codebook is the published one, else None.
+    """
 
     packed: UInt8[Tensor, " bytes"]
     codebook: Float[Tensor, " 16"]
@@ -89,6 +102,7 @@ class NF4Weight:
     out_features: int
     in_features: int
     blocksize: int
+    quant_type: str | None = None
 
     @property
     def blocks_cross_rows(self) -> bool:
@@ -227,7 +241,8 @@ def unpack(tensors: Mapping[str, Tensor], spec: NF4Spec, layer: str) -> NF4Weigh
         )
     if not torch.stack(absmax.aminmax()).isfinite().all():  # NaN is both smallest and largest
         raise FormatError(f"{layer}.weight.absmax: expected finite values, got NaN or infinity")
-    return NF4Weight(packed, codebook, absmax, out_features, in_features, blocksize)
+    quant_type = _published_type(codebook)
+    return NF4Weight(packed, codebook, absmax, out_features, in_features, blocksize, quant_type)
 
 
 def read_quant_state(stored: Tensor, layer: str) -> dict[str, Any]:
@@ -272,6 +287,13 @@ def _codebook(
     if not torch.isfinite(values).all():
         raise FormatError(f"{layer}.weight.{role}: expected finite values, got NaN or infinity")
     return values
+
+
+def _published_type(codebook: Float[Tensor, " 16"]) -> str | None:
+    for quant_type, values in _CODEBOOKS.items():
+        if torch.allclose(codebook.cpu(), torch.tensor(values), rtol=0, atol=1e-6):
+            return quant_type
+    return None
 
 
 def _fp32_absmax(

@@ -119,20 +119,36 @@ class QuantLinear(nn.Module):
 
     def _product(self, x: Float[Tensor, "tokens in"]) -> Float[Tensor, "tokens out"]:
         effective = self._effective()
+        num_probes = 1 if effective is None else effective.num_probes
+        bounds = self._bounds(len(x), num_probes)
+        if x.is_cuda:
+            y = self._kernel_product(x, effective, bounds)
+            if y is not None:
+                return y
         y = x.new_empty(len(x), self.out_features)
-        if effective is None:
-            for rows in self._tiles():
-                self._file_product(x, rows, y)
-            return y
-        bounds = self._bounds(len(x), effective.num_probes)
         for rows in self._tiles():
-            if isinstance(effective, RowMultipliers):
-                self._file_product(x, rows, y)
-                factors = effective.multipliers[:, rows].to(x.dtype)
-                for factor, (start, stop) in zip(factors, pairwise(bounds), strict=True):
-                    y[start:stop, rows] *= factor
-            else:
+            if isinstance(effective, ProbeScales):
                 self._scaled_product(x, rows, bounds, effective.scales, y)
+                continue
+            self._file_product(x, rows, y)
+            if effective is not None:
+                _multiply(y[:, rows], effective.multipliers[:, rows], bounds)
+        return y
+
+    def _kernel_product(
+        self,
+        x: Float[Tensor, "tokens in"],
+        effective: EffectiveScales | None,
+        bounds: Sequence[int],
+    ) -> Float[Tensor, "tokens out"] | None:
+        """Return the product by a kernel for CUDA, or None where none fits the layer."""
+        from qzo.cuda_product import cuda_product  # here only: CPU runs need none of it
+
+        if isinstance(effective, ProbeScales):
+            return cuda_product(self.quantized, x, bounds, effective.scales)
+        y = cuda_product(self.quantized, x, (0, len(x)), [self.quantized.scales.float()])
+        if y is not None and effective is not None:
+            _multiply(y, effective.multipliers, bounds)
         return y
 
     def _effective(self) -> EffectiveScales | None:
@@ -187,3 +203,13 @@ class QuantLinear(nn.Module):
         step = max(TILE_ELEMENTS // self.in_features // _TILE_STEP, 1) * _TILE_STEP
         for start in range(0, self.out_features, step):
             yield slice(start, min(start + step, self.out_features))
+
+
+def _multiply(
+    y: Float[Tensor, "tokens rows"],
+    multipliers: Float[Tensor, "probes rows"],
+    bounds: Sequence[int],
+) -> None:
+    """Multiply the outputs of each probe's tokens by its row multipliers, in place."""
+    for factors, (start, stop) in zip(multipliers.to(y.dtype), pairwise(bounds), strict=True):
+        y[start:stop] *= factors

@@ -11,6 +11,10 @@ from jaxtyping import install_import_hook
 CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 install_import_hook(["qzo", "quantizers"], CHECKER)
 
+# Before Triton is imported: without a GPU its kernels run in its interpreter.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 torch.set_num_threads(1)  # sums in the same order on every machine
 
 _ROOT = Path(__file__).parents[1]

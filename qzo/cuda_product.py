@@ -1,0 +1,109 @@
+"""The product of one quantized layer on CUDA, chosen by format.
+
+- NF4 and FP4: bitsandbytes' operator, which takes absmax as an argument; once per set of scales.
+- GPTQ of 2, 4 and 8 bits: Triton kernels that read the codes once for all sets.
+- Anything else: no kernel, and the caller computes tile by tile in plain torch.
+
+Torch's own operator for 4 bits is not among them; ``qzo.int4pack`` says why.
+
+Not yet timed on a GPU.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from importlib.util import find_spec
+from itertools import pairwise
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from quantizers.gptq import GPTQWeight
+from quantizers.nf4 import NF4Weight
+from quantizers.weight import QuantizedWeight
+
+_BNB_BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+_TRITON_CAPABILITY = (7, 5)
+_BF16_CAPABILITY = (8, 0)
+
+
+def cuda_product(
+    weight: QuantizedWeight,
+    x: Float[Tensor, "tokens in"],
+    bounds: Sequence[int],
+    scales: Sequence[Float[Tensor, "scale_rows groups"]],
+) -> Float[Tensor, "tokens out"] | None:
+    """Return ``x W^T`` where tokens ``bounds[p]`` to ``bounds[p + 1]`` see ``scales[p]``.
+
+    Args:
+        weight: Codes, on the device of ``x``.
+        x: Inputs, without padding.
+        bounds: One more than there are sets of scales; from 0 to the number of tokens.
+        scales: One set for all tokens, or one per probe.
+
+    Returns:
+        The product in the dtype of ``x``, without bias; None where no kernel fits the layer.
+    """
+    if isinstance(weight, NF4Weight) and _fits_bitsandbytes(weight):
+        return bitsandbytes_product(weight, x, bounds, scales)
+    if isinstance(weight, GPTQWeight) and _has_triton(x.device, x.dtype):
+        from qzo import triton_product  # here only: not every platform has Triton
+
+        if triton_product.fits(weight, x):
+            return triton_product.product(weight, x, bounds, scales)
+    return None
+
+
+def bitsandbytes_product(
+    weight: NF4Weight,
+    x: Float[Tensor, "tokens in"],
+    bounds: Sequence[int],
+    scales: Sequence[Float[Tensor, "scale_rows groups"]],
+) -> Float[Tensor, "tokens out"]:
+    """Return the product by bitsandbytes' operators; see ``cuda_product``."""
+    parts = [
+        _bitsandbytes_matmul(weight, x[start:stop], absmax)
+        for absmax, (start, stop) in zip(scales, pairwise(bounds), strict=True)
+        if start < stop
+    ]
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat(parts) if parts else x.new_empty(0, weight.out_features)
+
+
+def _bitsandbytes_matmul(
+    weight: NF4Weight,
+    x: Float[Tensor, "tokens in"],
+    scales: Float[Tensor, "scale_rows groups"],
+) -> Float[Tensor, "tokens out"]:
+    import bitsandbytes  # noqa: F401  # registers the operators; here only, as it takes seconds
+
+    assert weight.quant_type is not None
+    operators = torch.ops.bitsandbytes
+    absmax = scales.reshape(-1).to(torch.float32).contiguous()
+    shape = (weight.out_features, weight.in_features)
+    # gemm_4bit came with 0.50, and warns about blocks that cross rows at every call
+    if weight.blocks_cross_rows or not hasattr(operators, "gemm_4bit"):
+        dense: Tensor = operators.dequantize_4bit(
+            weight.packed, absmax, weight.blocksize, weight.quant_type, shape, x.dtype
+        )
+        return x @ dense.T
+    product: Tensor = operators.gemm_4bit(
+        x.contiguous(), weight.packed, shape, absmax, weight.blocksize, weight.quant_type
+    )
+    return product
+
+
+def _fits_bitsandbytes(weight: NF4Weight) -> bool:
+    return weight.quant_type is not None and weight.blocksize in _BNB_BLOCKSIZES
+
+
+@lru_cache
+def _has_triton(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether Triton is installed and knows the device."""
+    if find_spec("triton") is None:
+        return False
+    if device.type != "cuda":
+        return True  # its interpreter runs on the CPU
+    least = _BF16_CAPABILITY if dtype == torch.bfloat16 else _TRITON_CAPABILITY
+    return torch.cuda.get_device_capability(device) >= least
