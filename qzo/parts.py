@@ -7,7 +7,8 @@ exist at answer positions only; shifted vectors exist for a window of layers at 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
 
 import torch
 
@@ -25,13 +26,17 @@ from qzo.shapes import LinearShape, ModelShapes
 TILE_STEP = 32  # rows; a tile has a multiple of them
 WINDOW = 2**18  # elements of one shifted vector at one time
 
-# VmRSS in /proc/self/status of a fresh process (Python 3.11, Linux x86-64, 2 cores) that imported
-# torch 2.13 for CPU, transformers 5.23 with its Llama class, bitsandbytes 0.50, datasets and the
-# trainer, and multiplied two small matrices: 479 MiB three times.
-CPU_IMPORT_BYTES = 479 * 2**20
-# The largest excess of the peak RSS over the live tensors, in ten stacked forwards of a two-layer
-# Llama on the same computer (12 to 144 MiB): freed blocks that the C allocator keeps.
-CPU_ALLOCATOR_BYTES = 144 * 2**20
+# What a run of the trainer has in memory beside the other parts, at its peak: peak resident memory
+# of `qzo bench memory --shape smollm2-135m --batch-size 1` less all other parts. Python 3.11, Linux
+# x86-64, 2 cores, torch 2.13 for CPU, transformers 5.23.
+CPU_PROCESS_BYTES = 393 * 2**20
+TRITON_BYTES = 83 * 2**20  # torch imports it where it is installed
+# Freed blocks below 32 MiB, the largest that glibc ever takes from its heap, stay with the process
+# where something behind them is in use: half of the activations, and up to 110 MiB, on the same
+# computer. Larger blocks go back to the system.
+KEPT_SHARE = 0.5
+KEPT_BYTES_MAX = 110 * 2**20
+FAULT_BYTES = 2**16  # of a mapped file that Linux maps in for one access (fault-around)
 CUDA_ALLOWANCE_BYTES = 2**30
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -108,11 +113,11 @@ def all_parts(
         *_file_parts(shapes, quantization, workload.device),
         _master(shapes, quantization, workload.coordinates),
         *_float_parts(shapes, workload, stored_dtype),
-        _tile(shapes, quantization, workload),
+        _tile(shapes, quantization, workload, stored_dtype),
         _activations(workload, row_bytes),
-        _logits(workload, shapes.vocab_size),
+        _logits(workload, shapes.vocab_size, row_bytes),
         _directions(shapes, quantization, workload),
-        _framework(workload.device),
+        _framework(workload, row_bytes),
     )
 
 
@@ -188,7 +193,8 @@ def _master(shapes: ModelShapes, quantization: Quantization, coordinates: str) -
 def _float_parts(shapes: ModelShapes, workload: Workload, stored_dtype: str) -> tuple[Part, ...]:
     """Count the weights that are not quantized.
 
-    They are converted to the activations' type; on a CPU embeddings and head stay in the file.
+    They are converted to the activations' type; on a CPU embeddings and head stay in the file, and
+    embeddings of their own (no tied head reads all of them) are read where a token of the step is.
     """
     is_mapped = workload.device == "cpu"
 
@@ -199,26 +205,46 @@ def _float_parts(shapes: ModelShapes, workload: Workload, stored_dtype: str) -> 
         formula = f"{count:,} x {size} bytes ({dtype}{where})" if count else none
         return Part(name, size * count, formula, streams=is_file)
 
+    embeddings = part("embeddings", shapes.num_embedding, "none", is_file=is_mapped)
+    tokens = workload.batch_size * workload.seq_len
+    touched = tokens * FAULT_BYTES
+    if is_mapped and shapes.num_head and touched < embeddings.bytes:
+        formula = (
+            f"{tokens:,} tokens x {FAULT_BYTES >> 10} KiB of mapped pages around each; "
+            f"{embeddings.bytes:,} bytes once a run has seen all tokens"
+        )
+        embeddings = replace(embeddings, bytes=touched, formula=formula)
     head = "tied to the embeddings, or quantized"
     return (
-        part("embeddings", shapes.num_embedding, "none", is_file=is_mapped),
+        embeddings,
         part("head", shapes.num_head, head, is_file=is_mapped),
         part("norms, biases, other", shapes.num_other, "none", is_file=False),
     )
 
 
-def _tile(shapes: ModelShapes, quantization: Quantization, workload: Workload) -> Part:
+def _tile(
+    shapes: ModelShapes, quantization: Quantization, workload: Workload, stored_dtype: str
+) -> Part:
     """Count the buffers that all layers share; their size is that of the largest tile."""
-    rows, columns = max(map(_tile_shape, shapes.linears), key=lambda tile: tile[0] * tile[1])
-    size, words = 4, "4 decoded"
+    layers = max(rows * columns for rows, columns in map(_tile_shape, shapes.linears))
+    elements, size, words = layers, 4.0, "4 decoded"
+    is_cpu = workload.device == "cpu"
+    if is_cpu and quantization.format == "gptq" and quantization.bits in {2, 4}:
+        size, words = size + quantization.bits / 8, f"{words} + {quantization.bits / 8} rearranged"
     if workload.coordinates != "row" and workload.num_probes > 1:
         size, words = size + 4, f"{words} + 4 times a probe's scales"
     if workload.dtype != "float32":
         size, words = size + 2, f"{words} + 2 in {workload.dtype}"
-    if quantization.format != "gptq":
+    if quantization.format != "gptq" and not (is_cpu and _has_whole_blocks(shapes, quantization)):
         size, words = size + 5, f"{words} + 5 as table indices"
-    formula = f"{rows:,} rows x {columns:,} columns x {size} bytes ({words})"
-    return Part("dequantized tile", rows * columns * size, formula)
+    is_converted = is_cpu and stored_dtype != workload.dtype
+    of_head = 4 * min(shapes.num_head or shapes.num_embedding, TILE_ELEMENTS) * is_converted
+    formula = f"{elements:,} weights x {size:g} bytes ({words}); or {of_head:,} bytes of the head"
+    return Part("dequantized tile", max(int(elements * size), of_head), formula)
+
+
+def _has_whole_blocks(shapes: ModelShapes, quantization: Quantization) -> bool:
+    return all(layer.in_features % quantization.group_size == 0 for layer in shapes.linears)
 
 
 def _tile_shape(layer: LinearShape) -> tuple[int, int]:
@@ -234,13 +260,16 @@ def _activations(workload: Workload, row_bytes: int) -> Part:
     return Part("activations", workload.num_rows * row_bytes, formula)
 
 
-def _logits(workload: Workload, vocab_size: int) -> Part:
+def _logits(workload: Workload, vocab_size: int, row_bytes: int) -> Part:
+    """Count what logits need beyond the activations, which are gone by then."""
     size, row = DTYPES[workload.dtype].itemsize, workload.answer_len * vocab_size
+    num_bytes = workload.num_rows * row * size + row * 8
     formula = (
         f"{_rows(workload)} x {workload.answer_len} answer positions x {vocab_size:,} tokens x "
-        f"{size} bytes, + 8 bytes for one of the rows (log-sum-exp in fp32)"
+        f"{size} bytes, + 8 bytes for one of the rows (log-sum-exp in fp32) = {num_bytes:,}; what "
+        "exceeds the activations, which are gone by then"
     )
-    return Part("logits", workload.num_rows * row * size + row * 8, formula)
+    return Part("logits", max(num_bytes - workload.num_rows * row_bytes, 0), formula)
 
 
 def _directions(shapes: ModelShapes, quantization: Quantization, workload: Workload) -> Part:
@@ -257,22 +286,25 @@ def _directions(shapes: ModelShapes, quantization: Quantization, workload: Workl
     most = max(num_scales(layer, quantization) for layer in shapes.linears)
     copies = 1 + (workload.num_probes if workload.coordinates == "relative" else 0)
     formula = (
-        f"{window:,} elements of {probes} vectors x 4 bytes x 2 (z and shifted), + {most:,} scales "
-        f"of a layer x 4 bytes x {copies}"
+        f"{window:,} elements of {probes} shifted vectors x 4 bytes (their directions are gone "
+        f"before the activations are many), + {most:,} scales of a layer x 4 bytes x {copies}"
     )
-    return Part("directions", window * 8 + most * 4 * copies, formula)
+    return Part("directions", window * 4 + most * 4 * copies, formula)
 
 
 def _rows(workload: Workload) -> str:
     return f"{workload.num_probes} probes x {workload.batch_size} examples"
 
 
-def _framework(device: str) -> Part:
-    if device == "cuda":
+def _framework(workload: Workload, row_bytes: int) -> Part:
+    if workload.device == "cuda":
         formula = "CUDA context, kernels, fragmentation: an allowance, not measured"
         return Part("framework", CUDA_ALLOWANCE_BYTES, formula)
+    triton = TRITON_BYTES if find_spec("triton") is not None else 0
+    kept = int(min(KEPT_SHARE * workload.num_rows * row_bytes, KEPT_BYTES_MAX))
     formula = (
-        f"measured: {CPU_IMPORT_BYTES >> 20} MiB after importing torch, transformers and qzo, "
-        f"{CPU_ALLOCATOR_BYTES >> 20} MiB of freed blocks that the allocator keeps"
+        f"measured: {CPU_PROCESS_BYTES >> 20} MiB of Python, torch, transformers and the run, "
+        f"{triton >> 20} MiB of Triton if it is installed, {kept >> 20} MiB of freed blocks that "
+        "the allocator keeps"
     )
-    return Part("framework", CPU_IMPORT_BYTES + CPU_ALLOCATOR_BYTES, formula)
+    return Part("framework", CPU_PROCESS_BYTES + triton + kept, formula)
