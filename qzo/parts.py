@@ -31,10 +31,11 @@ WINDOW = 2**18  # elements of one shifted vector at one time
 # x86-64, 2 cores, torch 2.13 for CPU, transformers 5.23.
 CPU_PROCESS_BYTES = 393 * 2**20
 TRITON_BYTES = 83 * 2**20  # torch imports it where it is installed
+BITSANDBYTES_BYTES = 50 * 2**20  # unpacks NF4
 # Freed blocks below 32 MiB, the largest that glibc ever takes from its heap, stay with the process
-# where something behind them is in use: half of the activations, and up to 110 MiB, on the same
-# computer. Larger blocks go back to the system.
-KEPT_SHARE = 0.5
+# where something behind them is in use: half to all of the activations (it differs from run to run),
+# and up to 110 MiB, on the same computer. Larger blocks go back to the system.
+KEPT_SHARE = 0.75
 KEPT_BYTES_MAX = 110 * 2**20
 FAULT_BYTES = 2**16  # of a mapped file that Linux maps in for one access (fault-around)
 CUDA_ALLOWANCE_BYTES = 2**30
@@ -117,7 +118,7 @@ def all_parts(
         _activations(workload, row_bytes),
         _logits(workload, shapes.vocab_size, row_bytes),
         _directions(shapes, quantization, workload),
-        _framework(workload, row_bytes),
+        _framework(quantization, workload, row_bytes),
     )
 
 
@@ -296,15 +297,17 @@ def _rows(workload: Workload) -> str:
     return f"{workload.num_probes} probes x {workload.batch_size} examples"
 
 
-def _framework(workload: Workload, row_bytes: int) -> Part:
+def _framework(quantization: Quantization, workload: Workload, row_bytes: int) -> Part:
     if workload.device == "cuda":
         formula = "CUDA context, kernels, fragmentation: an allowance, not measured"
         return Part("framework", CUDA_ALLOWANCE_BYTES, formula)
-    triton = TRITON_BYTES if find_spec("triton") is not None else 0
-    kept = int(min(KEPT_SHARE * workload.num_rows * row_bytes, KEPT_BYTES_MAX))
-    formula = (
-        f"measured: {CPU_PROCESS_BYTES >> 20} MiB of Python, torch, transformers and the run, "
-        f"{triton >> 20} MiB of Triton if it is installed, {kept >> 20} MiB of freed blocks that "
-        "the allocator keeps"
-    )
-    return Part("framework", CPU_PROCESS_BYTES + triton + kept, formula)
+    sizes = {
+        "Python, torch, transformers and the run": CPU_PROCESS_BYTES,
+        "Triton": TRITON_BYTES if find_spec("triton") is not None else 0,
+        "bitsandbytes": 0 if quantization.format == "gptq" else BITSANDBYTES_BYTES,
+        "freed blocks that the allocator keeps": int(
+            min(KEPT_SHARE * workload.num_rows * row_bytes, KEPT_BYTES_MAX)
+        ),
+    }
+    words = " + ".join(f"{size >> 20} MiB {name}" for name, size in sizes.items() if size)
+    return Part("framework", sum(sizes.values()), f"measured: {words}")
