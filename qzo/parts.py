@@ -33,7 +33,7 @@ CPU_PROCESS_BYTES = 393 * 2**20
 TRITON_BYTES = 83 * 2**20  # torch imports it where it is installed
 BITSANDBYTES_BYTES = 50 * 2**20  # unpacks NF4
 # Freed blocks below 32 MiB, the largest that glibc ever takes from its heap, stay with the process
-# where something behind them is in use: half to all of the activations (it differs from run to run),
+# where something behind them is in use: half to all of the activations, different in every run,
 # and up to 110 MiB, on the same computer. Larger blocks go back to the system.
 KEPT_SHARE = 0.75
 KEPT_BYTES_MAX = 110 * 2**20
