@@ -7,7 +7,7 @@ exist at answer positions only; shifted vectors exist for a window of layers at 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.util import find_spec
 
 import torch
@@ -37,7 +37,6 @@ BITSANDBYTES_BYTES = 50 * 2**20  # unpacks NF4
 # and up to 110 MiB, on the same computer. Larger blocks go back to the system.
 KEPT_SHARE = 0.75
 KEPT_BYTES_MAX = 110 * 2**20
-FAULT_BYTES = 2**16  # of a mapped file that Linux maps in for one access (fault-around)
 CUDA_ALLOWANCE_BYTES = 2**30
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -194,8 +193,8 @@ def _master(shapes: ModelShapes, quantization: Quantization, coordinates: str) -
 def _float_parts(shapes: ModelShapes, workload: Workload, stored_dtype: str) -> tuple[Part, ...]:
     """Count the weights that are not quantized.
 
-    They are converted to the activations' type; on a CPU embeddings and head stay in the file, and
-    embeddings of their own (no tied head reads all of them) are read where a token of the step is.
+    They are converted to the activations' type; on a CPU embeddings and head stay in the file. All
+    pages of the embeddings count: one token maps up to 2 MiB around its row.
     """
     is_mapped = workload.device == "cpu"
 
@@ -206,18 +205,9 @@ def _float_parts(shapes: ModelShapes, workload: Workload, stored_dtype: str) -> 
         formula = f"{count:,} x {size} bytes ({dtype}{where})" if count else none
         return Part(name, size * count, formula, streams=is_file)
 
-    embeddings = part("embeddings", shapes.num_embedding, "none", is_file=is_mapped)
-    tokens = workload.batch_size * workload.seq_len
-    touched = tokens * FAULT_BYTES
-    if is_mapped and shapes.num_head and touched < embeddings.bytes:
-        formula = (
-            f"{tokens:,} tokens x {FAULT_BYTES >> 10} KiB of mapped pages around each; "
-            f"{embeddings.bytes:,} bytes once a run has seen all tokens"
-        )
-        embeddings = replace(embeddings, bytes=touched, formula=formula)
     head = "tied to the embeddings, or quantized"
     return (
-        embeddings,
+        part("embeddings", shapes.num_embedding, "none", is_file=is_mapped),
         part("head", shapes.num_head, head, is_file=is_mapped),
         part("norms, biases, other", shapes.num_other, "none", is_file=False),
     )
