@@ -15,7 +15,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from qzo.linear import TILE_ELEMENTS, Live
+from qzo.linear import Live
+
+TILE_ELEMENTS = 2**20  # that are converted at one time; 4 MiB stay in cache until the product
 
 
 class MappedEmbedding(nn.Embedding):

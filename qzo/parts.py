@@ -21,6 +21,7 @@ from qzo.footprint import (
     zeros_bytes,
 )
 from qzo.linear import TILE_ELEMENTS
+from qzo.mapped import TILE_ELEMENTS as HEAD_TILE_ELEMENTS
 from qzo.shapes import LinearShape, ModelShapes
 
 TILE_STEP = 32  # rows; a tile has a multiple of them
@@ -229,7 +230,7 @@ def _tile(
     if quantization.format != "gptq" and not (is_cpu and _has_whole_blocks(shapes, quantization)):
         size, words = size + 5, f"{words} + 5 as table indices"
     is_converted = is_cpu and stored_dtype != workload.dtype
-    of_head = 4 * min(shapes.num_head or shapes.num_embedding, TILE_ELEMENTS) * is_converted
+    of_head = 4 * min(shapes.num_head or shapes.num_embedding, HEAD_TILE_ELEMENTS) * is_converted
     formula = f"{elements:,} weights x {size:g} bytes ({words}); or {of_head:,} bytes of the head"
     return Part("dequantized tile", max(int(elements * size), of_head), formula)
 

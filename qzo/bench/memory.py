@@ -19,6 +19,7 @@ from qzo.bench.training_run import RunSettings, run_apart
 from qzo.checkpoint import open_checkpoint
 from qzo.files import read_json
 from qzo.parts import DTYPES
+from qzo.memory import parse_memory
 from qzo.planner import Plan, plan
 from qzo.shapes import build_skeleton, head_name, linear_shapes
 
@@ -30,11 +31,15 @@ def bench_memory(settings: RunSettings) -> dict[str, Any]:
 
     Returns:
         Sizes in bytes and times in seconds: ``peak_resident``, ``peak_anonymous``,
-        ``peak_file_backed``; ``predicted`` with ``resident_vs_predicted``; ``first_layer_seconds``,
+        ``peak_file_backed``; ``predicted`` (the plan's,
+        or the limit) with ``resident_vs_predicted``; ``first_layer_seconds``,
         ``step_seconds``, ``products_seconds`` and ``step_vs_products``; ``losses`` and, bit for
         bit, ``losses_hex``.
     """
     predicted = predict(settings)
+    planned = predicted.peak_bytes
+    if settings.memory_limit is not None:
+        planned = min(planned, parse_memory(settings.memory_limit, "memory_limit"))
     result = run_apart(settings)
     num_tokens = predicted.workload.num_rows * settings.seq_len
     products = products_seconds(settings, num_tokens)
@@ -44,8 +49,8 @@ def bench_memory(settings: RunSettings) -> dict[str, Any]:
         "peak_resident": peaks.resident,
         "peak_anonymous": peaks.anonymous,
         "peak_file_backed": peaks.file_backed,
-        "predicted": predicted.peak_bytes,
-        "resident_vs_predicted": peaks.resident / predicted.peak_bytes,
+        "predicted": planned,
+        "resident_vs_predicted": peaks.resident / planned,
         "first_layer_seconds": result.first_layer_seconds,
         "step_seconds": list(result.step_seconds),
         "products_seconds": products,
