@@ -4,7 +4,8 @@
 - GPTQ of 2, 4 and 8 bits: Triton kernels that read the codes once for all sets.
 - Anything else: no kernel, and the caller computes tile by tile in plain torch.
 
-Torch's own operator for 4 bits is not among them; ``qzo.int4pack`` says why.
+Torch's ``_weight_int4pack_mm`` is not among them: it wants a second, rearranged copy of the codes,
+reads it once for every set of scales, and takes these in bf16 only; see recipes/LOG.md.
 
 Not yet timed on a GPU.
 """

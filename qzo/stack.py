@@ -12,6 +12,7 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -158,9 +159,9 @@ def _padded(items: Sequence[Sequence[EncodedExample]], device: torch.device) -> 
     rows = [row for examples in items for example in examples for row in example.rows]
     width = max(map(len, rows))
     front = {row: number for number, row in enumerate(dict.fromkeys(rows))}
-    numbers = iter(range(len(rows)))
+    starts = iter(range(0, len(rows) * width, width))
     paths = [
-        [[next(numbers) * width + i for i in range(width)] for _ in example.rows]
+        [range(start, start + width) for start in islice(starts, len(example.rows))]
         for examples in items
         for example in examples
     ]
@@ -257,7 +258,8 @@ def _forked(live: Live, stack: Stack) -> Iterator[None]:
     """Repeat the tokens at the fork while the block runs.
 
     Whatever a decoder block behind it is given by token or row in front of it (hidden states,
-    masks, positions) is repeated; every block is given positions and masks anew.
+    masks, positions, Bloom's biases by row and head) is repeated; every block is given positions
+    and masks anew.
     """
     rows, width = stack.input_ids.shape
     is_packed = stack.front.attention is not None
@@ -268,7 +270,11 @@ def _forked(live: Live, stack: Stack) -> Iterator[None]:
         if is_packed:
             by_token = value.shape[:2] == (1, width)
             return value.index_select(1, stack.origin) if by_token else value
-        return value.index_select(0, stack.origin) if len(value) == rows else value
+        if len(value) == rows:
+            return value.index_select(0, stack.origin)
+        if value.dim() == 3 and value.shape[1:] == (1, width) and len(value) % rows == 0:
+            return value.unflatten(0, (rows, -1)).index_select(0, stack.origin).flatten(0, 1)
+        return value
 
     def repeat_all(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
         live.bounds, live.attention = stack.behind.bounds, stack.behind.attention

@@ -18,8 +18,8 @@ from qzo.bench.machine import hardware, versions
 from qzo.bench.training_run import RunSettings, run_apart
 from qzo.checkpoint import open_checkpoint
 from qzo.files import read_json
-from qzo.parts import DTYPES
 from qzo.memory import parse_memory
+from qzo.parts import DTYPES
 from qzo.planner import Plan, plan
 from qzo.shapes import build_skeleton, head_name, linear_shapes
 
@@ -31,10 +31,9 @@ def bench_memory(settings: RunSettings) -> dict[str, Any]:
 
     Returns:
         Sizes in bytes and times in seconds: ``peak_resident``, ``peak_anonymous``,
-        ``peak_file_backed``; ``predicted`` (the plan's,
-        or the limit) with ``resident_vs_predicted``; ``first_layer_seconds``,
-        ``step_seconds``, ``products_seconds`` and ``step_vs_products``; ``losses`` and, bit for
-        bit, ``losses_hex``.
+        ``peak_file_backed``; ``predicted`` (by the plan, or the limit if there is one) with
+        ``resident_vs_predicted``; ``first_layer_seconds``, ``step_seconds``, ``products_seconds``
+        and ``step_vs_products``; ``losses`` and, bit for bit, ``losses_hex``.
     """
     predicted = predict(settings)
     planned = predicted.peak_bytes
