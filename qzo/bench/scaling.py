@@ -166,6 +166,8 @@ def plot_scaling(result: dict[str, Any], target: Path) -> None:
         upper.set_ylabel("seconds a step")
         lower.set_ylabel("GiB")
         lower.set_xlabel(name)
+        for axes in (upper, lower):
+            axes.set_ylim(bottom=0)
     with new_file(target) as partial:
         figure.savefig(partial, format="png", dpi=120)
 
@@ -176,6 +178,5 @@ def _draw(axes: Any, series: dict[str, Any], quantity: str, unit: float) -> None
     line = (fit["slope"] * x + fit["intercept"]) / unit
     label = f"{quantity.replace('_', ' ')}, R² = {fit['r_squared']:.3f}"
     axes.plot(x, line, "-", color=points.get_color(), linewidth=1.2, label=label)
-    axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
