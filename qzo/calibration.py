@@ -8,13 +8,14 @@ Source: Williams et al., "Self-calibration for language model quantization and p
 arXiv 2410.17170, without its temperature schedule.
 """
 
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from qzo.errors import DataError
 from qzo.precision import computing_in_fp32
@@ -100,11 +101,11 @@ def samples_of_model(
     first = torch.randint(config.vocab_size, (num_samples, 1), generator=generator)
     bos = getattr(config, "bos_token_id", None)
     tokens = [first if bos is None else torch.full_like(first, bos)]
-    cache = None
+    is_new = "cache" in inspect.signature(model.forward).parameters  # transformers 5.24 renamed it
+    cache = {"cache" if is_new else "past_key_values": DynamicCache()}  # grows in place
     with computing_in_fp32(model.modules()):
         for _ in range(seq_len - 1):
-            output = model(input_ids=tokens[-1], past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
+            output = model(input_ids=tokens[-1], use_cache=True, **cache)
             probabilities = output.logits[:, -1].float().softmax(dim=-1)
             tokens.append(torch.multinomial(probabilities, 1, generator=generator))
     return torch.cat(tokens, dim=1)
