@@ -13,6 +13,7 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from qzo.errors import ConfigError, DataError
 from qzo.examples import ExampleSet
 from qzo.linear import Live
 from qzo.objective import example_loss
+from qzo.ranks import Ranks
 from qzo.stack import answer_scores, build_stack
 
 _MAX_NEW_TOKENS = 50  # MeZO, appendix E.2
@@ -71,6 +73,7 @@ def evaluate(
     batch_size: int,
     tokenizer: Any = None,
     progress: Callable[[int, int], None] | None = None,
+    ranks: Ranks | None = None,
 ) -> Evaluation:
     """Evaluate a model with quantized layers.
 
@@ -81,8 +84,10 @@ def evaluate(
         batch_size: Examples of one forward.
         tokenizer: For generation.
         progress: Called with the examples done and their number.
+        ranks: The processes that split the batches; all of them get the results.
     """
-    scores = _scores(model, live, data.examples, batch_size, progress)
+    ranks = ranks or Ranks()
+    scores = _scores(model, live, data.examples, batch_size, progress, ranks)
     labels = [example.label for example in data.examples]
     losses = [example_loss(s, y, data.loss) for s, y in zip(scores, labels, strict=True)]
     loss, loss_se = mean_and_error(losses)
@@ -91,7 +96,7 @@ def evaluate(
     if all(len(row) > 1 for row in scores):
         result |= _accuracies(scores, labels, are_classes=data.loss == "classification")
     if data.is_generation:
-        result["f1"], result["f1_se"] = mean_and_error(_generated(model, tokenizer, data))
+        result["f1"], result["f1_se"] = mean_and_error(_generated(model, tokenizer, data, ranks))
     return Evaluation(**result)
 
 
@@ -101,18 +106,24 @@ def _scores(
     examples: Sequence[EncodedExample],
     batch_size: int,
     progress: Callable[[int, int], None] | None,
+    ranks: Ranks,
 ) -> list[list[float]]:
     """Return the scores of every example; neighbours in a batch have similar lengths."""
     order = sorted(range(len(examples)), key=lambda i: max(len(row) for row in examples[i].rows))
-    scores: dict[int, list[float]] = {}
-    for start in range(0, len(order), batch_size):
-        picked = order[start : start + batch_size]
-        stack = build_stack(
-            [[examples[i] for i in picked]], model.device, is_packed=can_pack(model)
-        )
-        scores |= zip(picked, answer_scores(model, live, stack), strict=True)
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+    def batch_scores(number: int) -> list[float]:
+        picked = [examples[i] for i in batches[number]]
+        stack = build_stack([picked], model.device, is_packed=can_pack(model))
+        scores = answer_scores(model, live, stack)
         if progress is not None:
-            progress(len(scores), len(order))
+            progress(sum(map(len, batches[: number + 1])), len(order))
+        return list(chain.from_iterable(scores))
+
+    lengths = [len(example.candidates) for example in examples]
+    sizes = [sum(lengths[i] for i in batch) for batch in batches]
+    flat = iter(ranks.share(sizes, batch_scores))
+    scores = {i: list(islice(flat, lengths[i])) for i in order}
     return [scores[i] for i in range(len(examples))]
 
 
@@ -134,14 +145,19 @@ def _accuracies(
     return result
 
 
-def _generated(model: PreTrainedModel, tokenizer: Any, data: ExampleSet) -> list[float]:
+def _generated(
+    model: PreTrainedModel, tokenizer: Any, data: ExampleSet, ranks: Ranks
+) -> list[float]:
     """Return the score of a greedy answer to every example."""
-    assert data.task is not None
-    results = []
-    for example in data.task_examples:
-        text = generate(model, tokenizer, data.task.prompt(example), stop="\n")
-        results.append(data.task.score(example, text.strip()))
-    return results
+    task, examples = data.task, data.task_examples
+    assert task is not None
+
+    def score(number: int) -> list[float]:
+        example = examples[number]
+        text = generate(model, tokenizer, task.prompt(example), stop="\n")
+        return [task.score(example, text.strip())]
+
+    return ranks.share([1] * len(examples), score)
 
 
 def generate(

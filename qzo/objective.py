@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
+from itertools import accumulate, pairwise
 
 import numpy as np
 from transformers import PreTrainedModel
@@ -21,6 +22,7 @@ from qzo.errors import ConfigError, DataError
 from qzo.examples import ExampleSet, LossName
 from qzo.linear import Live
 from qzo.probes import Probe
+from qzo.ranks import Ranks
 from qzo.scales import Scales
 from qzo.stack import answer_scores, build_stack
 
@@ -39,6 +41,7 @@ class Objective:
         num_micro_batches: Micro-batches of a step (gradient accumulation): their losses are summed
             under the same directions.
         data_seed: Seed of the order of the examples.
+        ranks: The processes that split the micro-batches of a step.
 
     Raises:
         DataError: There are no examples.
@@ -55,6 +58,7 @@ class Objective:
         batch_size: int,
         num_micro_batches: int = 1,
         data_seed: int = 0,
+        ranks: Ranks | None = None,
     ) -> None:
         if not data.examples:
             raise DataError("data: expected at least one training example, got none")
@@ -70,6 +74,12 @@ class Objective:
         self._batch_size = batch_size
         self._num_micro_batches = num_micro_batches
         self._data_seed = data_seed
+        self._ranks = ranks or Ranks()
+        if num_micro_batches < self._ranks.size:
+            raise ConfigError(
+                "gradient_accumulation_steps: expected at least as many micro-batches as there are "
+                f"processes, {self._ranks.size}, got {num_micro_batches}"
+            )
 
     def batch(self, step: int) -> Batch:
         """Return the micro-batches of a step; every epoch is a permutation of the examples."""
@@ -79,23 +89,41 @@ class Objective:
         return [picked[i : i + size] for i in range(0, len(picked), size)]
 
     def losses(self, probes: Sequence[Probe], batch: Batch) -> list[float]:
-        """Return the loss at every probe, all probes of a micro-batch in one stacked forward."""
-        totals, counts = [0.0] * len(probes), [0] * len(probes)
-        first = 0
-        for micro_batch in batch:
-            numbers = range(first, first + len(micro_batch))
-            places = [i for i, p in enumerate(probes) if p.example is None or p.example in numbers]
-            covering = [probes[place] for place in places]
-            items = [
-                micro_batch if p.example is None else [micro_batch[p.example - first]]
-                for p in covering
-            ]
-            losses = iter(self._item_losses(covering, items))
-            for place, examples in zip(places, items, strict=True):
-                totals[place] += sum(next(losses) for _ in examples)
-                counts[place] += len(examples)
-            first += len(micro_batch)
-        return [total / count for total, count in zip(totals, counts, strict=True)]
+        """Return the loss at every probe, all probes of a micro-batch in one stacked forward.
+
+        A micro-batch is the unit of work: its sums do not depend on which process computes them,
+        and they are added in the order of the micro-batches.
+        """
+        starts = [0, *accumulate(len(micro_batch) for micro_batch in batch)]
+        places = [
+            [i for i, p in enumerate(probes) if p.example is None or start <= p.example < stop]
+            for start, stop in pairwise(starts)
+        ]
+
+        def sums(number: int) -> list[float]:
+            covering = [probes[place] for place in places[number]]
+            return self._sums(covering, batch[number], starts[number])
+
+        def means(results: Sequence[Sequence[float]]) -> list[float]:
+            totals = [0.0] * len(probes)
+            for covered, result in zip(places, results, strict=True):
+                for place, total in zip(covered, result, strict=True):
+                    totals[place] += total
+            counts = [starts[-1] if probe.example is None else 1 for probe in probes]
+            return [total / count for total, count in zip(totals, counts, strict=True)]
+
+        sizes = [len(covered) for covered in places]
+        return self._ranks.share(sizes, sums, means, len(probes))
+
+    def _sums(
+        self, probes: Sequence[Probe], micro_batch: list[EncodedExample], start: int
+    ) -> list[float]:
+        """Return each probe's sum of losses over the examples of a micro-batch that it covers."""
+        items = [
+            micro_batch if p.example is None else [micro_batch[p.example - start]] for p in probes
+        ]
+        losses = iter(self._item_losses(probes, items))
+        return [sum(next(losses) for _ in examples) for examples in items]
 
     def _item_losses(
         self, probes: Sequence[Probe], items: Sequence[Sequence[EncodedExample]]

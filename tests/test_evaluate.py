@@ -44,9 +44,9 @@ def live_of(model: Any) -> Live:
     return quant_linears(model)[0].live
 
 
-def example(label: int, number: int = 0) -> EncodedExample:
-    """Return an example of two one-token candidates; its row tells it apart."""
-    candidates = (Candidate(0, (0,), (0,)), Candidate(0, (0,), (1,)))
+def example(label: int, number: int = 0, num_candidates: int = 2) -> EncodedExample:
+    """Return an example of one-token candidates; its row tells it apart."""
+    candidates = tuple(Candidate(0, (0,), (token,)) for token in range(num_candidates))
     return EncodedExample(rows=((number,),), candidates=candidates, label=label)
 
 
@@ -65,7 +65,10 @@ def evaluated(model: Any, monkeypatch: pytest.MonkeyPatch) -> Evaluated:
     ) -> Evaluation:
         queue = iter(scores)
         monkeypatch.setattr("qzo.evaluate.answer_scores", lambda *_: [next(queue)])
-        examples = [example(label, number) for number, label in enumerate(labels)]
+        examples = [
+            example(label, number, len(row))
+            for number, (label, row) in enumerate(zip(labels, scores, strict=True))
+        ]
         return evaluate(model, live_of(model), ExampleSet(examples, loss), batch_size=1)
 
     return run

@@ -222,7 +222,7 @@ def test_no_examples_are_refused(base: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("key", ["per_device_train_batch_size", "gradient_accumulation_steps"])
 def test_sizes_must_be_positive(base: Path, tmp_path: Path, key: str) -> None:
     made = tiny_trainer(base, tmp_path)
-    sizes = {"batch_size": 1, "num_micro_batches": 1}
+    sizes: dict[str, Any] = {"batch_size": 1, "num_micro_batches": 1}
     sizes["batch_size" if key.startswith("per") else "num_micro_batches"] = 0
 
     with pytest.raises(ConfigError, match=rf"^{key}: expected a number above 0, got 0$"):
