@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from quantizers.weight import QuantizedWeight
@@ -22,6 +21,8 @@ from qzo.tensor_files import TensorFiles, write_safetensors
 
 MODEL_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
+_SNAPSHOT_NAME = "scales.safetensors"
+_STATE_NAME = "trainer_state.json"
 # Every direction moves every scale, so fewer mean that most updates were lost to rounding.
 _MIN_CHANGED_FRACTION = 0.5
 # What replay, eval and export read, and its type in JSON.
@@ -152,13 +153,52 @@ def check_base(checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
         )
 
 
-def save_snapshot(folder: Path, values: Tensor, state: Mapping[str, Any]) -> None:
-    """Write the fp32 master and the state of the run into a new folder."""
-    write_safetensors(folder / "scales.safetensors", [("values", values)])
-    write_json(folder / "trainer_state.json", dict(state))
+@dataclass(frozen=True)
+class Snapshot:
+    """The state of a run between two steps.
+
+    Attributes:
+        step: Steps done.
+        values: The fp32 master.
+        optimizer: What the optimizer remembers.
+        fingerprint: The sha256 of the master.
+    """
+
+    step: int
+    values: Tensor
+    optimizer: Mapping[str, Tensor]
+    fingerprint: str
 
 
-def read_snapshot(folder: Path) -> tuple[torch.Tensor, dict[str, Any]]:
-    """Read what ``save_snapshot`` wrote."""
-    tensors = TensorFiles(folder, ["scales.safetensors"])
-    return tensors["values"], read_json(folder / "trainer_state.json")
+_OPTIMIZER_PREFIX = "optimizer."
+
+
+def save_snapshot(folder: Path, snapshot: Snapshot) -> None:
+    """Write a snapshot into a new folder."""
+    remembered = ((_OPTIMIZER_PREFIX + k, t.cpu()) for k, t in snapshot.optimizer.items())
+    tensors = [("values", snapshot.values.cpu()), *remembered]
+    write_safetensors(folder / _SNAPSHOT_NAME, tensors)
+    state = {"step": snapshot.step, "fingerprint": snapshot.fingerprint}
+    write_json(folder / _STATE_NAME, state)
+
+
+def read_snapshot(folder: Path) -> Snapshot:
+    """Read what ``save_snapshot`` wrote.
+
+    Raises:
+        CheckpointError: It is damaged.
+    """
+    tensors = TensorFiles(folder, [_SNAPSHOT_NAME])
+    state = read_json(folder / _STATE_NAME)
+    step, fingerprint = state.get("step"), state.get("fingerprint")
+    if type(step) is not int or not isinstance(fingerprint, str) or "values" not in tensors.files:
+        raise CheckpointError(
+            f"{folder}: expected a snapshot with values, step and fingerprint, got something else; "
+            "remove the folder to replay from an earlier one"
+        )
+    remembered = {
+        key.removeprefix(_OPTIMIZER_PREFIX): tensors[key]
+        for key in tensors.files
+        if key.startswith(_OPTIMIZER_PREFIX)
+    }
+    return Snapshot(step, tensors["values"], remembered, fingerprint)

@@ -296,29 +296,53 @@ def evaluate(
 
 @app.command()
 def replay(
-    run: Annotated[str, typer.Argument(help="A run folder, or one with only a journal.")],
+    run: Annotated[str, typer.Argument(help="A run folder, or a journal.")],
     to_step: Annotated[int | None, typer.Option(min=0, help="Stop before this step.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write the adapter here.")] = None,
+    base: Annotated[str | None, typer.Option(help="The base, if it was moved.")] = None,
     as_json: AsJSON = False,
 ) -> None:
     """Rebuild the tuned scales from the journal, without the model."""
     from qzo.replay import replay as rebuild
 
     with _stdout_for(as_json) as print_json:
-        _show(asdict(rebuild(run, to_step=to_step, out=out)), as_json, print_json)
+        _show(asdict(rebuild(run, to_step=to_step, out=out, base=base)), as_json, print_json)
+
+
+@app.command()
+def compact(
+    run: Annotated[str, typer.Argument(help="A run folder, or a journal.")],
+    out: Annotated[Path, typer.Option(help="New file, NAME.safetensors.")],
+    as_json: AsJSON = False,
+) -> None:
+    """Write the compact form of a journal: all that replay and export need.
+
+    Raises:
+        ConfigError: The name is not that of a safetensors file.
+    """
+    from qzo.journal import open_record, write_compact
+
+    if out.suffix != ".safetensors":
+        raise ConfigError(f"--out: expected a name that ends in .safetensors, got {out.name!r}")
+    with _stdout_for(as_json) as print_json:
+        record = open_record(Path(run))
+        write_compact(record, out)
+        summary = {"file": str(out), "steps": record.next_step, "bytes": out.stat().st_size}
+        _show(summary, as_json, print_json)
 
 
 @app.command()
 def export(
-    run: Annotated[str, typer.Argument(help="A run folder, or one with only a journal.")],
+    run: Annotated[str, typer.Argument(help="A run folder, or a journal.")],
     out: Annotated[Path, typer.Option(help="New folder for the checkpoint.")],
+    base: Annotated[str | None, typer.Option(help="The base, if it was moved.")] = None,
     as_json: AsJSON = False,
 ) -> None:
     """Write the full checkpoint with the tuned scales, all else byte for byte."""
     from qzo.export import export as write
 
     with _stdout_for(as_json) as print_json:
-        _show(asdict(write(run, out)), as_json, print_json)
+        _show(asdict(write(run, out, base=base)), as_json, print_json)
 
 
 @app.command()

@@ -45,8 +45,14 @@ class ZOConfig(BaseModel):
     num_blocks: int | None = Field(default=None, ge=1)  # train the last so many decoder blocks
     normalize: bool = True  # per_example: derivatives of a step have a root mean square of 1
     max_loss_difference: float | None = Field(default=None, gt=0)
-    optimizer: Literal["sgd"] = "sgd"
+    optimizer: Literal["sgd", "momentum"] = "sgd"
+    momentum: float = Field(default=0.9, ge=0, lt=1)
     max_skipped_steps: int = Field(default=10, ge=1)
+
+    @property
+    def optimizer_settings(self) -> dict[str, float]:
+        """The arguments of the optimizer."""
+        return {"momentum": self.momentum} if self.optimizer == "momentum" else {}
 
 
 class Recipe(BaseModel):
@@ -84,6 +90,8 @@ class Recipe(BaseModel):
     data_seed: int = Field(default=0, ge=0, lt=2**63)
     report_to: str | list[str] = "none"
     resume_from_checkpoint: bool = False
+    # Steps until the journal is forced onto the disk; power loss costs at most one less than that.
+    journal_sync_steps: int = Field(default=1, ge=1)
     device: str | None = None
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
     memory_limit: str | None = None  # such as 4GiB; what does not fit streams from the files

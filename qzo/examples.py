@@ -1,7 +1,9 @@
 """A set of examples, encoded, with the loss that they are meant for."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,6 +37,14 @@ class ExampleSet:
     def is_generation(self) -> bool:
         """Answers are written, not chosen."""
         return self.task is not None and self.task.kind == "generation"
+
+    def sha256(self) -> str:
+        """Return the digest of the encoded examples and their loss."""
+        digest = sha256(self.loss.encode("utf-8"))
+        for example in self.examples:
+            candidates = [(c.row, c.positions, c.targets) for c in example.candidates]
+            digest.update(json.dumps([example.rows, candidates, example.label]).encode("utf-8"))
+        return digest.hexdigest()
 
     def first(self, count: int | None) -> "ExampleSet":
         """Return the first examples, or all."""

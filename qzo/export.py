@@ -8,10 +8,11 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from torch import Tensor
 
-from qzo.adapter import Adapter, check_base, open_adapter, tuned_weight
+from qzo.adapter import CONFIG_NAME, Adapter, check_base, open_adapter, tuned_weight
 from qzo.card import model_card
 from qzo.checkpoint import Checkpoint, open_checkpoint
 from qzo.errors import CheckpointError
@@ -45,20 +46,22 @@ class Exported:
     exported_loss: float | None
 
 
-def export(run: str | Path, out: str | Path) -> Exported:
+def export(run: str | Path, out: str | Path, *, base: str | None = None) -> Exported:
     """Write the full checkpoint of a run.
 
     Args:
-        run: A run folder, or a folder with nothing but its journal.
+        run: A run folder, or a journal in either form, in a folder of its own or named itself.
         out: A new or empty folder.
+        base: The base checkpoint, where it is no longer where the run says.
     """
     folder, target = Path(run), Path(out)
-    if not (folder / "adapter_config.json").is_file():
-        replay(folder)  # a bare journal is an adapter too
-    adapter = open_adapter(folder)
-    checkpoint = open_checkpoint(adapter.config["base_model_name_or_path"])
-    check_base(checkpoint, adapter.config)
-    with new_folder(target) as partial:
+    with TemporaryDirectory() as temporary, new_folder(target) as partial:
+        if not (folder / CONFIG_NAME).is_file():  # a bare journal is an adapter too
+            replay(folder, out=Path(temporary) / "adapter", base=base)
+            folder = Path(temporary) / "adapter"
+        adapter = open_adapter(folder)
+        checkpoint = open_checkpoint(base or adapter.config["base_model_name_or_path"])
+        check_base(checkpoint, adapter.config)
         _write_files(checkpoint, adapter, partial)
         trained, exported = _compare(folder, partial)
     return Exported(target, len(adapter.tensors.files), trained, exported)

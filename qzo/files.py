@@ -11,8 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from qzo.errors import CheckpointError
 
+LOCK_NAME = ".lock"
 _JSON_BYTES_MAX = 64 * 2**20
 
 
@@ -101,6 +104,38 @@ def new_folder(target: Path) -> Iterator[Path]:
 def remove(folder: Path) -> None:
     """Remove a folder if it exists."""
     shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Make a folder if need be, and keep other processes that lock it out while the block runs.
+
+    The lock goes with the process, however that ends.
+
+    Raises:
+        CheckpointError: Another process holds it, or there is a file in the place of the folder.
+        WriteError: The folder cannot be written.
+    """
+    if folder.is_file():
+        raise CheckpointError(
+            f"{folder}: expected a new or empty folder, found a file; choose another output_dir"
+        )
+    lock = FileLock(folder / LOCK_NAME)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise CheckpointError(
+            f"{folder}: expected a folder of one run, but another process is at work in it; wait "
+            "for its end, or choose another output_dir"
+        ) from error
+    except OSError as error:
+        raise WriteError(folder, error) from error
+    try:
+        yield
+    finally:
+        (folder / LOCK_NAME).unlink(missing_ok=True)  # filelock does not take a removed file
+        lock.release()
 
 
 def sync(path: Path) -> None:

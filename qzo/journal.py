@@ -1,12 +1,16 @@
 """The journal: a header, then a line per step, on disk before the scales move.
 
-A step is its losses, its clipped directional derivatives and its learning rate; the seeds follow
-from the run's seed and the step. With the base checkpoint that is all it takes to rebuild the tuned
-scales, so the journal is the smallest adapter there is.
+A step is its losses, its directional derivatives and its learning rate; the seeds follow from the
+run's seed and the step (``probes.direction_seed``). With the base checkpoint that is all it takes
+to rebuild the tuned scales, so the journal is the smallest adapter there is.
 
 ``journal.jsonl``: line 1 is the header. A step line is ``{"step", "losses", "derivatives",
-"learning_rate"}``; what is not finite is null. A line
-``{"step", "fingerprint"}`` holds the sha256 of the master before that step.
+"learning_rate"}``; what is not finite is null. ``derivatives`` are what moved the scales; where the
+clip or the normalisation changed one, ``raw`` holds them as measured. A line ``{"step",
+"fingerprint"}`` holds the sha256 of the master before that step.
+
+The compact form, ``journal.safetensors``, holds what a replay needs and no more: 16 bytes for a
+step of one direction. See ``write_compact``.
 """
 
 import json
@@ -15,13 +19,17 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
+
+import torch
 
 from qzo.errors import CheckpointError
-from qzo.files import WriteError, write_bytes
+from qzo.files import WriteError, new_file, write_bytes
 from qzo.probes import DirectionalDerivative, direction_seed
+from qzo.tensor_files import TensorFiles, write_safetensors
 
 NAME = "journal.jsonl"
+COMPACT_NAME = "journal.safetensors"
 VERSION = 1
 
 _LINE_BYTES_MAX = 2**24
@@ -29,13 +37,13 @@ _LINE_BYTES_MAX = 2**24
 _HEADER_TYPES: dict[str, type] = {
     **dict.fromkeys(("base", "codes_sha256", "scales_sha256", "generator", "qzo_version"), str),
     **dict.fromkeys(("coordinates", "direction", "optimizer"), str),
-    **{"layers": list, "num_values": int, "seed": int, "recipe": dict},
+    **{"layers": list, "num_values": int, "seed": int, "recipe": dict, "optimizer_settings": dict},
 }
 
 
 @dataclass(frozen=True)
 class Step:
-    """One step line; a loss or derivative that is not finite is None."""
+    """One step; a loss or derivative that is not finite is None. The compact form has no losses."""
 
     step: int
     losses: tuple[float | None, ...]
@@ -51,6 +59,19 @@ class Fingerprint:
     sha256: str
 
 
+@runtime_checkable
+class Record(Protocol):
+    """A journal in either form, as a replay reads it."""
+
+    path: Path
+    header: dict[str, Any]
+    next_step: int
+
+    def records(self) -> Iterator[Step | Fingerprint]:
+        """Yield what it holds, in order."""
+        ...
+
+
 class Journal:
     """An open journal.
 
@@ -59,7 +80,10 @@ class Journal:
         header: Its first line.
         next_step: The first step that it does not hold.
         was_torn: True if the last line was torn. It does not count; the next line replaces it.
+        sync_steps: Steps that may pass until what was written is forced onto the disk.
     """
+
+    sync_steps = 1
 
     def __init__(self, path: Path, header: Mapping[str, Any], next_step: int) -> None:
         self.path = path
@@ -67,7 +91,9 @@ class Journal:
         self.next_step = next_step
         self._marked_step: int | None = None
         self._torn_at: int | None = None
+        self._num_unsynced = 0
         self._make_header: Callable[[], Mapping[str, Any]] | None = None
+        self._copy: bytes | None = None
 
     @classmethod
     def create(cls, path: Path, make_header: Callable[[], Mapping[str, Any]]) -> "Journal":
@@ -79,7 +105,18 @@ class Journal:
     @classmethod
     def open(cls, path: Path) -> "Journal":
         """Read a journal and continue it with the next line; reading changes nothing."""
-        lines, torn_at = _read_lines(path)
+        return cls._of_bytes(path, _read(path))
+
+    @classmethod
+    def copy_of(cls, path: Path, data: bytes) -> "Journal":
+        """Take the bytes of a journal that lies elsewhere; such a copy can be read only."""
+        journal = cls._of_bytes(path, data)
+        journal._copy = data
+        return journal
+
+    @classmethod
+    def _of_bytes(cls, path: Path, data: bytes) -> "Journal":
+        lines, torn_at = _split(data)
         header = _header(path, lines)
         journal = cls(path, header, 0)
         for record in _records(path, lines):
@@ -116,28 +153,31 @@ class Journal:
     ) -> None:
         """Put a step on disk."""
         assert step == self.next_step
-        self._write(
-            {
-                "step": step,
-                "losses": [_finite_or_none(loss) for loss in losses],
-                "derivatives": [_finite_or_none(d.value) for d in derivatives],
-                "learning_rate": learning_rate,
-            }
-        )
+        line: dict[str, Any] = {
+            "step": step,
+            "losses": [_finite_or_none(loss) for loss in losses],
+            "derivatives": [_finite_or_none(d.value) for d in derivatives],
+            "learning_rate": learning_rate,
+        }
+        raw = [_finite_or_none(d.raw) for d in derivatives]
+        if raw != line["derivatives"]:
+            line["raw"] = raw
+        self._num_unsynced += 1
+        self._write(line, is_synced=self._num_unsynced >= self.sync_steps)
         self.next_step = step + 1
 
     def mark(self, fingerprint: str) -> None:
         """Put a fingerprint of the master, as it is before the next step, on disk, once."""
         if self._marked_step != self.next_step:
-            self._write({"step": self.next_step, "fingerprint": fingerprint})
+            self._write({"step": self.next_step, "fingerprint": fingerprint}, is_synced=True)
             self._marked_step = self.next_step
 
     def records(self) -> Iterator[Step | Fingerprint]:
         """Yield what the journal holds, in order."""
-        lines, _ = _read_lines(self.path)
+        lines, _ = _split(_read(self.path) if self._copy is None else self._copy)
         yield from _records(self.path, lines)
 
-    def _write(self, value: Mapping[str, Any]) -> None:
+    def _write(self, value: Mapping[str, Any], *, is_synced: bool) -> None:
         self.begin()
         start = self.path.stat().st_size if self._torn_at is None else self._torn_at
         try:
@@ -146,10 +186,102 @@ class Journal:
                 self._torn_at = None
                 file.write(_line(value))
                 file.flush()
-                os.fsync(file.fileno())
+                if is_synced:
+                    os.fsync(file.fileno())
+                    self._num_unsynced = 0
         except OSError as error:
             os.truncate(self.path, start)
             raise WriteError(self.path, error) from error
+
+
+class CompactJournal:
+    """A journal in its compact form, to be replayed.
+
+    Args:
+        path: The file.
+
+    Raises:
+        CheckpointError: It is not one.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        tensors = TensorFiles(path.parent, [path.name])
+        text = tensors.metadata(path.name).get("header", "")
+        self.header = _header(path, [text.encode("utf-8")])
+        for key, (dtype, dims) in _COMPACT_TENSORS.items():
+            got = tensors[key] if key in tensors.files else None
+            if got is None or got.dtype != dtype or got.dim() != dims:
+                raise CheckpointError(
+                    f"{path}: {key}: expected a tensor of {dtype} with {dims} dimensions, got "
+                    f"{'none' if got is None else (got.dtype, tuple(got.shape))}"
+                )
+        self._derivatives, self._rates, self._marked, self._digests = (
+            tensors[key] for key in _COMPACT_TENSORS
+        )
+        self.next_step = len(self._rates)
+        if len(self._derivatives) != len(self._rates) or len(self._marked) != len(self._digests):
+            raise CheckpointError(f"{path}: expected tensors of as many steps, got others")
+        if not bool(self._rates.isfinite().all()):
+            raise CheckpointError(f"{path}: learning_rates: expected finite numbers")
+
+    def records(self) -> Iterator[Step | Fingerprint]:
+        """Yield what it holds, in order."""
+        marked = dict(zip(self._marked.tolist(), self._digests, strict=True))
+        for step, (derivatives, rate) in enumerate(
+            zip(self._derivatives, self._rates.tolist(), strict=True)
+        ):
+            if step in marked:
+                yield Fingerprint(step, bytes(marked[step].tolist()).hex())
+            values = tuple(_finite_or_none(value) for value in derivatives.tolist())
+            yield Step(step, (), values, rate)
+        if self.next_step in marked:
+            yield Fingerprint(self.next_step, bytes(marked[self.next_step].tolist()).hex())
+
+
+_COMPACT_TENSORS = {
+    "derivatives": (torch.float64, 2),
+    "learning_rates": (torch.float64, 1),
+    "fingerprint_steps": (torch.int64, 1),
+    "fingerprints": (torch.uint8, 2),
+}
+
+
+def write_compact(journal: Record, path: Path) -> None:
+    """Write the compact form of a journal: everything but the losses and the raw derivatives.
+
+    A safetensors file with ``derivatives`` (F64, steps x directions; NaN where there is none),
+    ``learning_rates`` (F64), ``fingerprint_steps`` (I64), ``fingerprints`` (U8, n x 32), and the
+    header in its metadata.
+
+    Raises:
+        CheckpointError: Steps have different numbers of directions.
+    """
+    records = list(journal.records())
+    steps = [record for record in records if isinstance(record, Step)]
+    marks = [record for record in records if isinstance(record, Fingerprint)]
+    if len({len(step.derivatives) for step in steps}) > 1:
+        raise CheckpointError(f"{journal.path}: expected as many directions in every step")
+    rows = [[math.nan if d is None else d for d in step.derivatives] for step in steps]
+    digests = [list(bytes.fromhex(mark.sha256)) for mark in marks]
+    tensors = {
+        "derivatives": torch.tensor(rows, dtype=torch.float64).view(len(steps), -1),
+        "learning_rates": torch.tensor([s.learning_rate for s in steps], dtype=torch.float64),
+        "fingerprint_steps": torch.tensor([mark.step for mark in marks], dtype=torch.int64),
+        "fingerprints": torch.tensor(digests, dtype=torch.uint8).view(len(marks), 32),
+    }
+    header = json.dumps(journal.header, separators=(",", ":"), allow_nan=False)
+    with new_file(path) as partial:
+        write_safetensors(partial, tensors.items(), {"header": header})
+
+
+def open_record(path: Path) -> Record:
+    """Open the journal of a run folder, or a file that is one, in either form."""
+    if path.is_file():
+        return CompactJournal(path) if path.suffix == ".safetensors" else Journal.open(path)
+    if not (path / NAME).exists() and (path / COMPACT_NAME).is_file():
+        return CompactJournal(path / COMPACT_NAME)
+    return Journal.open(path / NAME)
 
 
 def derivatives_of(record: Step, run_seed: int) -> list[DirectionalDerivative]:
@@ -169,16 +301,20 @@ def _finite_or_none(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _read_lines(path: Path) -> tuple[list[bytes], int | None]:
-    """Return the complete lines, and where a torn last line starts.
+def _read(path: Path) -> bytes:
+    """Return the bytes of a journal.
 
     Raises:
-        CheckpointError: The file cannot be read.
+        CheckpointError: It cannot be read.
     """
     try:
-        data = path.read_bytes()
+        return path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _split(data: bytes) -> tuple[list[bytes], int | None]:
+    """Return the complete lines, and where a torn last line starts."""
     complete, _, rest = data.rpartition(b"\n")
     return complete.split(b"\n"), len(data) - len(rest) if rest else None
 

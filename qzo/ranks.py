@@ -11,6 +11,7 @@ import os
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from enum import IntEnum
 from itertools import chain
 
 import torch
@@ -27,6 +28,16 @@ def joined(results: Sequence[Sequence[float]]) -> list[float]:
     return list(chain.from_iterable(results))
 
 
+class Wish(IntEnum):
+    """What somebody asks of a run; the larger one counts."""
+
+    GO_ON = 0
+    FINISH = 1
+    """End as if all steps were done."""
+    STOP = 2
+    """End now, to be continued."""
+
+
 class LostProcessError(QZOError):
     """Another process of the run ended, or cannot be reached."""
 
@@ -37,14 +48,14 @@ class Ranks:
     Attributes:
         rank: Its number; the process of rank 0 writes the files.
         size: The number of processes.
-        wants_stop: A process was asked to stop; all of them learn it in the same ``share``.
+        wish: What a process was asked for; all of them learn it in the same ``share``.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, device: torch.device | None = None) -> None:
         self.rank, self.size = rank, size
-        self.wants_stop = False
+        self.wish = Wish.GO_ON
+        self._own_wish = Wish.GO_ON
         self._device = device or torch.device("cpu")
-        self._is_asked_to_stop = False
 
     @classmethod
     def join(cls, device: torch.device) -> "Ranks":
@@ -76,9 +87,11 @@ class Ranks:
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
 
-    def ask_to_stop(self) -> None:
-        """Let all processes know, with the next ``share``, that they are to stop."""
-        self._is_asked_to_stop = True
+    def ask(self, wish: "Wish") -> None:
+        """Let all processes know with the next ``share``; at once where there is only one."""
+        self._own_wish = max(self._own_wish, wish)
+        if self.size == 1:
+            self.wish = self._own_wish
 
     def share(
         self,
@@ -98,11 +111,10 @@ class Ranks:
         num_results = sum(sizes) if num_results is None else num_results
         own = [tuple(compute(item)) for item in self._items(self.rank, len(sizes))]
         if self.size == 1:
-            self.wants_stop = self._is_asked_to_stop
             return list(combine(own))
         counts = [sum(sizes[i] for i in self._items(r, len(sizes))) for r in range(self.size)]
         flat = [number for result in own for number in result]
-        data = _pack(flat, max(counts), self._is_asked_to_stop)
+        data = _pack(flat, max(counts), self._own_wish)
         chunks = self._gather(data)
         outcome = b""
         if chunks:
@@ -111,9 +123,9 @@ class Ranks:
                 numbers = iter(_unpack(chunk))
                 for item in self._items(rank, len(sizes)):
                     results[item] = [next(numbers) for _ in range(sizes[item])]
-            outcome = _pack(combine(results), num_results, any(chunk[-1] for chunk in chunks))
+            outcome = _pack(combine(results), num_results, max(chunk[-1] for chunk in chunks))
         outcome = self._send(outcome, 8 * num_results + 1)
-        self.wants_stop = bool(outcome[-1])
+        self.wish = Wish(outcome[-1])
         return _unpack(outcome)
 
     def from_first(self, data: bytes) -> bytes:
@@ -154,13 +166,13 @@ class Ranks:
         return torch.frombuffer(bytearray(data), dtype=torch.uint8).to(self._device)
 
 
-def _pack(numbers: Sequence[float], length: int, is_flagged: bool) -> bytes:
+def _pack(numbers: Sequence[float], length: int, wish: int) -> bytes:
     padded = [*numbers, *[0.0] * (length - len(numbers))]
-    return struct.pack(f"<{length}d?", *padded, is_flagged)
+    return struct.pack(f"<{length}dB", *padded, wish)
 
 
 def _unpack(data: bytes) -> list[float]:
-    return list(struct.unpack(f"<{len(data) // 8}d?", data)[:-1])
+    return list(struct.unpack(f"<{len(data) // 8}dB", data)[:-1])
 
 
 def _bytes(tensor: Tensor) -> bytes:

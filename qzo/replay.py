@@ -10,11 +10,10 @@ from torch import Tensor
 from qzo.adapter import Adapter, open_adapter, save_adapter, scale_tensors
 from qzo.checkpoint import Checkpoint, open_checkpoint
 from qzo.directions import GENERATOR
-from qzo.errors import CheckpointError
+from qzo.errors import CheckpointError, ConfigError
 from qzo.files import new_folder
-from qzo.journal import NAME as JOURNAL_NAME
-from qzo.journal import Fingerprint, Journal, derivatives_of
-from qzo.optimizers import OPTIMIZERS
+from qzo.journal import Fingerprint, Record, derivatives_of, open_record
+from qzo.optimizers import Optimizer, make_optimizer
 from qzo.scales import Scales
 from qzo.tensor_files import tensor_bytes
 
@@ -36,20 +35,32 @@ class Replayed:
     adapter: str
 
 
-def replay(run: str | Path, *, to_step: int | None = None, out: Path | None = None) -> Replayed:
+def replay(
+    run: str | Path,
+    *,
+    to_step: int | None = None,
+    out: Path | None = None,
+    base: str | None = None,
+) -> Replayed:
     """Rebuild the scales of a run and compare them with its adapter.
 
     Args:
-        run: A run folder, or a folder with nothing but a journal.
+        run: A run folder, or a journal in either form, in a folder of its own or named itself.
         to_step: Stop before this step; the adapter's own step unless given.
         out: A new or empty folder; write the adapter there instead of comparing.
+        base: The base checkpoint, where it is no longer where the journal says.
 
     Returns:
         What agreed. A base, a fingerprint or an adapter that does not is a CheckpointError.
+
+    Raises:
+        ConfigError: The journal is a file, and there is no ``out``.
     """
     folder = Path(run)
-    journal = Journal.open(folder / JOURNAL_NAME)
-    checkpoint = base_of(journal.header)
+    if folder.is_file() and out is None:
+        raise ConfigError(f"{folder}: name a folder for the adapter with --out")
+    journal = open_record(folder)
+    checkpoint = base_of(journal.header, base)
     has_adapter = (folder / "adapter_config.json").is_file() and out is None
     if to_step is None and has_adapter:
         to_step = int(open_adapter(folder).config["step"])
@@ -59,7 +70,8 @@ def replay(run: str | Path, *, to_step: int | None = None, out: Path | None = No
         coordinates=journal.header["coordinates"],
         direction=journal.header["direction"],
     )
-    steps, checked = apply_journal(journal, scales, to_step=to_step)
+    optimizer = optimizer_of(journal.header)
+    steps, checked = apply_journal(journal, scales, optimizer, to_step=to_step)
     tensors = scale_tensors(checkpoint, scales)
     if has_adapter:
         _compare(open_adapter(folder), tensors, steps)
@@ -90,9 +102,21 @@ def _compare(adapter: Adapter, tensors: Mapping[str, Tensor], steps: int) -> Non
 
 
 def apply_journal(
-    journal: Journal, scales: Scales, *, from_step: int = 0, to_step: int | None = None
+    journal: Record,
+    scales: Scales,
+    optimizer: Optimizer,
+    *,
+    from_step: int = 0,
+    to_step: int | None = None,
 ) -> tuple[int, int]:
     """Move scales as the journal says, from ``from_step`` on.
+
+    Args:
+        journal: In either form.
+        scales: As they were before ``from_step``.
+        optimizer: As it was before ``from_step``.
+        from_step: The first step to do.
+        to_step: Stop before this step; the end of the journal unless given.
 
     Returns:
         The number of the next step, and how many fingerprints were checked.
@@ -100,7 +124,6 @@ def apply_journal(
     Raises:
         CheckpointError: A fingerprint differs, or the journal ends before ``to_step``.
     """
-    optimizer = OPTIMIZERS[journal.header["optimizer"]]()
     step, checked = from_step, 0
     for record in journal.records():
         if record.step < from_step:
@@ -120,6 +143,11 @@ def apply_journal(
     return step, checked
 
 
+def optimizer_of(header: Mapping[str, Any]) -> Optimizer:
+    """Return the optimizer of a journal, as it starts."""
+    return make_optimizer(header["optimizer"], header["optimizer_settings"])
+
+
 def check_fingerprint(record: Fingerprint, scales: Scales) -> None:
     """Compare the master with a fingerprint of the journal.
 
@@ -134,8 +162,12 @@ def check_fingerprint(record: Fingerprint, scales: Scales) -> None:
         )
 
 
-def base_of(header: Mapping[str, Any]) -> Checkpoint:
+def base_of(header: Mapping[str, Any], base: str | None = None) -> Checkpoint:
     """Open the base checkpoint of a journal and check that it is the one.
+
+    Args:
+        header: Of the journal.
+        base: Where it is; where the header says unless given.
 
     Raises:
         CheckpointError: Codes, scales, layers or generator are not those of the journal.
@@ -144,7 +176,7 @@ def base_of(header: Mapping[str, Any]) -> Checkpoint:
         raise CheckpointError(
             f"journal: expected generator {GENERATOR!r}, got {header.get('generator')!r}"
         )
-    checkpoint = open_checkpoint(header["base"])
+    checkpoint = open_checkpoint(base or header["base"])
     for key, got in (
         ("layers", [layer for layer in header.get("layers", []) if layer in checkpoint.layers]),
         ("codes_sha256", checkpoint.codes_sha256()),
@@ -161,7 +193,7 @@ def base_of(header: Mapping[str, Any]) -> Checkpoint:
 def adapter_config(header: Mapping[str, Any], checkpoint: Checkpoint, step: int) -> dict[str, Any]:
     """Return ``adapter_config.json`` for the scales after a number of steps."""
     return {
-        "base_model_name_or_path": header["base"],
+        "base_model_name_or_path": str(checkpoint.folder.resolve()),
         "format": checkpoint.format.QUANT_METHOD,
         "group_size": checkpoint.group_size,
         "codes_sha256": header["codes_sha256"],

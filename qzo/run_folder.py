@@ -1,7 +1,7 @@
 """The files of a run folder besides the scales: header, recipe, reference loss."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,16 +16,24 @@ from qzo.directions import GENERATOR
 from qzo.encoding import Candidate, EncodedExample
 from qzo.errors import CheckpointError, ConfigError
 from qzo.examples import ExampleSet
-from qzo.files import WriteError, read_json, write_bytes
+from qzo.files import LOCK_NAME, read_json, write_bytes
 from qzo.journal import NAME as JOURNAL_NAME
 from qzo.journal import Journal
+from qzo.ranks import Ranks
 from qzo.scales import Scales
 from qzo.version import __version__
 
 REFERENCE_NAME = "reference.json"
+_NOT_OF_A_RUN = {LOCK_NAME, "base"}  # what may lie in the folder before a run
 
 
-def header_of(config: Recipe, checkpoint: Checkpoint, scales: Scales) -> dict[str, Any]:
+def header_of(
+    config: Recipe,
+    checkpoint: Checkpoint,
+    scales: Scales,
+    train_set: ExampleSet,
+    eval_set: ExampleSet | None,
+) -> dict[str, Any]:
     """Return the header of the journal: everything that a replay needs and a resume compares.
 
     Waits for the digests of the checkpoint, which take a second or so a GB.
@@ -38,11 +46,14 @@ def header_of(config: Recipe, checkpoint: Checkpoint, scales: Scales) -> dict[st
         "base": str(checkpoint.folder.resolve()),
         "codes_sha256": checkpoint.codes_sha256(),
         "scales_sha256": checkpoint.scales_sha256(),
+        "data_sha256": train_set.sha256(),
+        "eval_data_sha256": None if eval_set is None else eval_set.sha256(),
         "layers": scales.names,
         "num_values": len(scales),
         "coordinates": config.zo.coordinates,
         "direction": config.zo.direction,
         "optimizer": config.zo.optimizer,
+        "optimizer_settings": config.zo.optimizer_settings,
         "seed": config.seed,
         "recipe": config.model_dump(mode="json"),
     }
@@ -53,42 +64,81 @@ _FREE = {
     *("output_dir", "resume_from_checkpoint", "report_to", "max_steps", "device", "model", "data"),
     *("logging_steps", "save_steps", "save_total_limit", "per_device_eval_batch_size"),
     *("eval_steps", "eval_data", "num_eval_examples", "load_best_model_at_end"),
-    "memory_limit",
+    *("memory_limit", "journal_sync_steps"),
 }
-_COMPARED = ("codes_sha256", "scales_sha256", "generator")
+# Keys in which the processes of one run may differ.
+_OWN = {"output_dir", "resume_from_checkpoint", "device", "model", "data", "eval_data", "report_to"}
+_OWN |= {"memory_limit"}
+# What else has to be the same, and what may be wrong if it is not.
+_COMPARED = {
+    "codes_sha256": "model: codes_sha256 of the base differs from",
+    "scales_sha256": "model: scales_sha256 of the base differs from",
+    "data_sha256": "data: the digest of the training examples differs from",
+    "generator": "qzo_version: the generator of directions differs from",
+}
 
 
-def open_journal(config: Recipe, make_header: Callable[[], Mapping[str, Any]]) -> Journal:
+def open_journal(
+    config: Recipe, make_header: Callable[[], Mapping[str, Any]], ranks: Ranks
+) -> Journal:
     """Prepare the journal of a new run, or continue one.
+
+    Only the first process of a run keeps a journal. The others get a copy of what it holds, which
+    takes them to where the run is.
 
     Args:
         config: The recipe.
-        make_header: Called at once where a run is continued, else when the journal begins.
+        make_header: Called at once where a run is continued or has several processes, else when the
+            journal begins.
+        ranks: The processes of the run.
 
-    Raises:
-        CheckpointError: The folder is not empty, cannot be written, or holds another run.
-        WriteError: The folder cannot be written.
+    Returns:
+        The journal; a folder that is not empty or holds another run, and processes that differ, are
+        errors.
     """
+    journal = _open_own(config, make_header) if ranks.is_first else None
+    if ranks.size == 1:
+        assert journal is not None
+        return journal
+    header = make_header()
+    if journal is not None:
+        begin(journal, config)
+        ranks.from_first(json.dumps(header).encode("utf-8"))
+        ranks.from_first(journal.path.read_bytes())
+        return journal
+    _check_same(
+        json.loads(ranks.from_first(b"")),
+        header,
+        {
+            **_COMPARED,
+            "eval_data_sha256": "eval_data: the digest of the evaluation examples differs from",
+        },
+        _OWN,
+        "process 0",
+    )
+    return Journal.copy_of(Path(config.output_dir) / JOURNAL_NAME, ranks.from_first(b""))
+
+
+def _open_own(config: Recipe, make_header: Callable[[], Mapping[str, Any]]) -> Journal:
     folder = Path(config.output_dir)
     path = folder / JOURNAL_NAME
     if config.resume_from_checkpoint and path.exists():
         journal = Journal.open(path)
-        _check_same(journal, make_header())
+        header = make_header()
+        is_constant = header["recipe"]["lr_scheduler_type"] == "constant"
+        free = _FREE if is_constant else _FREE - {"max_steps"}
+        _check_same(journal.header, header, _COMPARED, free, "the run that is to be continued")
         _write_recipe(folder, config)
-        return journal
-    others = (
-        [entry for entry in folder.iterdir() if entry.name != "base"] if folder.is_dir() else []
-    )
-    if others or folder.is_file():
-        raise CheckpointError(
-            f"{folder}: expected a new or empty folder; choose another output_dir, or set "
-            "resume_from_checkpoint: true"
-        )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise WriteError(folder, error) from error
-    return Journal.create(path, make_header)
+    else:
+        others = [entry for entry in folder.iterdir() if entry.name not in _NOT_OF_A_RUN]
+        if others:
+            raise CheckpointError(
+                f"{folder}: expected a new or empty folder; choose another output_dir, or set "
+                "resume_from_checkpoint: true"
+            )
+        journal = Journal.create(path, make_header)
+    journal.sync_steps = config.journal_sync_steps
+    return journal
 
 
 def begin(journal: Journal, config: Recipe) -> None:
@@ -103,21 +153,29 @@ def _write_recipe(folder: Path, config: Recipe) -> None:
     write_bytes(folder / "recipe.yaml", text.encode("utf-8"))
 
 
-def _check_same(journal: Journal, header: Mapping[str, Any]) -> None:
-    for key in _COMPARED:
-        if journal.header.get(key) != header[key]:
-            raise CheckpointError(
-                f"{journal.path}: {key} differs from the run that is to be continued; was the "
-                "base changed?"
-            )
-    old, new = journal.header["recipe"], header["recipe"]
-    free = _FREE if new["lr_scheduler_type"] == "constant" else _FREE - {"max_steps"}
-    for key in sorted(set(new) - free):
+def _check_same(
+    old: Mapping[str, Any],
+    new: Mapping[str, Any],
+    compared: Mapping[str, str],
+    free: Set[str],
+    whose: str,
+) -> None:
+    for key, message in compared.items():
         if old.get(key) != new[key]:
-            raise ConfigError(
-                f"{key}: expected {old.get(key)!r} as in the run that is to be continued, got "
-                f"{new[key]!r}"
-            )
+            raise CheckpointError(f"{message} that of {whose}")
+    for key, want, got in _differing(old["recipe"], new["recipe"], free):
+        raise ConfigError(f"{key}: expected {want!r} as in {whose}, got {got!r}")
+
+
+def _differing(
+    old: Mapping[str, Any], new: Mapping[str, Any], free: Set[str], prefix: str = ""
+) -> Iterator[tuple[str, Any, Any]]:
+    for key in sorted(set(new) - free):
+        want, got = old.get(key), new[key]
+        if isinstance(want, dict) and isinstance(got, dict):
+            yield from _differing(want, got, free, f"{prefix}{key}.")
+        elif want != got:
+            yield prefix + key, want, got
 
 
 def write_reference(folder: Path, data: ExampleSet, loss: float) -> None:

@@ -1,12 +1,14 @@
 """The training loop: ask for probes, measure losses, tell derivatives, note them, move the scales.
 
 Nothing is lost: a step is in the journal before the scales move, so a run continues from its
-journal with bitwise the same scales, whatever stopped it.
+journal with bitwise the same scales, whatever stopped it. With several processes (``ranks``) each
+computes some of the micro-batches and all of them move their scales alike; the first one writes.
 """
 
 import math
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
 
 from qzo.adapter import (
+    Snapshot,
     apply_adapter,
     change_warnings,
     changed_fraction,
@@ -31,14 +34,16 @@ from qzo.errors import ConfigError, DataError, QZOError
 from qzo.estimators import SPSA, Estimator, PerExampleSPSA
 from qzo.evaluate import Evaluation, evaluate
 from qzo.examples import ExampleSet, from_encoded, from_records
-from qzo.files import new_folder, remove
+from qzo.files import locked, new_folder, remove
+from qzo.interrupts import stop_signals
 from qzo.journal import Fingerprint, Journal, Step
 from qzo.linear import Live
 from qzo.metrics import CLOSING_KEY, Metrics, Window
 from qzo.model import trained_layers
 from qzo.objective import Objective
-from qzo.optimizers import OPTIMIZERS
+from qzo.optimizers import make_optimizer
 from qzo.probes import Probe
+from qzo.ranks import Ranks, Wish
 from qzo.replay import adapter_config, apply_journal, check_fingerprint
 from qzo.run_folder import begin, header_of, open_journal, write_reference
 from qzo.scales import Scales
@@ -82,6 +87,10 @@ class Result:
         return {**asdict(self), **evaluations}
 
 
+class StoppedError(QZOError):
+    """A signal asked for the end of a run; it can be continued."""
+
+
 class Trainer:
     """Trains the scales of a model with quantized layers.
 
@@ -113,6 +122,7 @@ class Trainer:
                 "run the recipe with qzo train, or leave memory_limit out"
             )
         self.model, self.config, self.tokenizer = model.eval(), config, tokenizer
+        self._ranks = Ranks.join(model.device)
         self.folder = Path(config.output_dir)
         layers = trained_layers(model, config.zo.num_blocks)
         self._live: Live = layers[0].live
@@ -120,8 +130,8 @@ class Trainer:
             layers, coordinates=config.zo.coordinates, direction=config.zo.direction
         )
         self.estimator = make_estimator(config)
-        self.optimizer = OPTIMIZERS[config.zo.optimizer]()
-        train_set = self._example_set(train_dataset)
+        self.optimizer = make_optimizer(config.zo.optimizer, config.zo.optimizer_settings)
+        self.train_set = train_set = self._example_set(train_dataset)
         self.eval_set = None if eval_dataset is None else self._example_set(eval_dataset)
         self.objective = Objective(
             model,
@@ -131,26 +141,36 @@ class Trainer:
             batch_size=config.per_device_train_batch_size,
             num_micro_batches=config.gradient_accumulation_steps,
             data_seed=config.data_seed,
+            ranks=self._ranks,
         )
         self._reference = (self.eval_set or train_set).first(config.per_device_eval_batch_size)
-        self._events = Events(config, model, callbacks)
+        self._events = Events(config, model, callbacks if self._ranks.is_first else ())
 
     def train(self) -> Result:
         """Run to ``max_steps``; continue the journal in ``output_dir`` if the recipe says so.
 
-        The model computes with the tuned scales afterwards, rounded as in the adapter.
+        The model computes with the tuned scales afterwards, rounded as in the adapter; with several
+        processes that of the first one.
 
-        Raises:
-            QZOError: The loss was not finite too many times in a row.
+        Ends with a StoppedError after SIGINT or SIGTERM, once the step is finished; with another
+        QZOError where the loss was not finite too many times in a row, a file could not be written,
+        or another process of the run is gone. In each case the run can be continued.
         """
-        config, scales, estimator = self.config, self.scales, self.estimator
+        lock = locked(self.folder) if self._ranks.is_first else nullcontext()
+        with lock, stop_signals(lambda: self._ranks.ask(Wish.STOP)):
+            return self._train()
+
+    def _train(self) -> Result:
+        config, scales, estimator, ranks = self.config, self.scales, self.estimator, self._ranks
         self.checkpoint = checkpoint_of(self.model, self.folder / "base")
         _ = self.checkpoint.digests  # for the header; they need not be there before the first step
-        journal = open_journal(config, lambda: header_of(config, self.checkpoint, scales))
+        journal = open_journal(config, self._header, ranks)
         self._journal = journal
         self._restore(journal)
-        self.metrics = Metrics(self.folder / "metrics.jsonl", journal.next_step)
+        if ranks.is_first:
+            self.metrics = Metrics(self.folder / "metrics.jsonl", journal.next_step)
         self._window, skipped, skipped_in_a_row = Window(), 0, 0
+        self._steps = journal.next_step
         self._events.tell("train_begin", journal.next_step)
         before = self._evaluate(0) if journal.next_step == 0 else None
         started = time.monotonic()
@@ -163,10 +183,12 @@ class Trainer:
             losses = self.objective.losses(probes, batch)
             derivatives = estimator.tell(probes, losses)
             rate = self._learning_rate(step)
-            begin(journal, config)
-            journal.append(step, losses, derivatives, rate)
+            if ranks.is_first:
+                begin(journal, config)
+                journal.append(step, losses, derivatives, rate)
             usable = [d for d in derivatives if math.isfinite(d.value)]
             self.optimizer.step(scales, usable, rate)
+            self._steps = step + 1
 
             skipped += not usable
             skipped_in_a_row = 0 if usable else skipped_in_a_row + 1
@@ -180,13 +202,17 @@ class Trainer:
             self._events.tell("step_end", step + 1)
             self._after_step(journal, step + 1, time.monotonic() - started)
             if self._events.wants_stop:
+                ranks.ask(Wish.FINISH)
+            if ranks.wish is Wish.STOP:
+                self._stop(journal)
+            if ranks.wish is Wish.FINISH:
                 break
 
         seconds = time.monotonic() - started
         return self._finish(journal, before, skipped, seconds)
 
     def evaluate(self, data: ExampleSet | None = None) -> Evaluation:
-        """Evaluate the present scales.
+        """Evaluate the present scales; with several processes each takes a part.
 
         Raises:
             ConfigError: There is no evaluation data.
@@ -194,6 +220,9 @@ class Trainer:
         data = data or self.eval_set
         if data is None:
             raise ConfigError("eval_dataset: expected evaluation examples, got none")
+        return self._evaluation(data, self._ranks)
+
+    def _evaluation(self, data: ExampleSet, ranks: Ranks) -> Evaluation:
         with self.scales.shifted(self._live, _AT_MASTER):
             return evaluate(
                 self.model,
@@ -201,6 +230,7 @@ class Trainer:
                 data,
                 batch_size=self.config.per_device_eval_batch_size,
                 tokenizer=self.tokenizer,
+                ranks=ranks,
             )
 
     def _example_set(self, data: ExampleSet | Sequence[Any]) -> ExampleSet:
@@ -220,26 +250,39 @@ class Trainer:
             self.tokenizer = tokenizer_of(self.model)
         return from_records(rows, self.tokenizer, max_length=self.config.max_length)
 
+    def _header(self) -> dict[str, Any]:
+        sets = (self.train_set, self.eval_set)
+        return header_of(self.config, self.checkpoint, self.scales, *sets)
+
     def _restore(self, journal: Journal) -> None:
-        """Bring the scales to the end of the journal, from the newest snapshot on."""
+        """Bring scales and optimizer to the end of the journal, from the newest snapshot on.
+
+        Only the first process has snapshots; the others replay the journal from its start.
+        """
         self.scales.reset()
+        self.optimizer.restore({})
         if not journal.is_on_disk:
             return
         start = 0
-        for folder in reversed(self._snapshots()):
-            values, state = read_snapshot(folder)
-            if state["step"] <= journal.next_step:
-                self.scales.restore(values)
-                check_fingerprint(Fingerprint(state["step"], state["fingerprint"]), self.scales)
-                start = state["step"]
+        for folder in reversed(self._snapshots()) if self._ranks.is_first else ():
+            snapshot = read_snapshot(folder)
+            if snapshot.step <= journal.next_step:
+                self._take(snapshot)
+                check_fingerprint(Fingerprint(snapshot.step, snapshot.fingerprint), self.scales)
+                start = snapshot.step
                 break
-        apply_journal(journal, self.scales, from_step=start)
+        apply_journal(journal, self.scales, self.optimizer, from_step=start)
+
+    def _take(self, snapshot: Snapshot) -> None:
+        device = self.scales.values.device
+        self.scales.restore(snapshot.values)
+        self.optimizer.restore({k: t.to(device) for k, t in snapshot.optimizer.items()})
 
     def _catch_up(self, journal: Journal) -> None:
         """Do what the end of an earlier call left undone after its last step."""
         if journal.next_step == 0:
             return
-        for record in journal.records():
+        for record in journal.records() if self._ranks.is_first else ():
             if isinstance(record, Step) and record.step >= self.metrics.logged_step:
                 losses = [math.nan if loss is None else loss for loss in record.losses]
                 probes = self.estimator.ask(record.step)
@@ -254,19 +297,38 @@ class Trainer:
             step: The number of steps done.
             seconds: Time of the steps of this call.
         """
-        config = self.config
+        config, is_first = self.config, self._ranks.is_first
         if step % FINGERPRINT_STEPS == 0:
-            journal.mark(self.scales.fingerprint())
-        is_logged = self.metrics.logged_step >= step
-        if not is_logged and (step % config.logging_steps == 0 or step == config.max_steps):
-            numbers = {**self._window.take(), "learning_rate": self._learning_rate(step - 1)}
-            line = {"step": step, **numbers, "seconds": seconds}
-            self.metrics.append(line)
-            self._events.tell("log", step, logs=line)
+            self._mark(journal, step)
+        is_due = step % config.logging_steps == 0 or step == config.max_steps
+        if is_first and is_due and self.metrics.logged_step < step:
+            self._log(step, seconds)
         if config.eval_steps and step % config.eval_steps == 0 and step < config.max_steps:
             self._evaluate(step)
-        if step % config.save_steps == 0 and step < config.max_steps:
+        if is_first and step % config.save_steps == 0 and step < config.max_steps:
             self._save(step)
+
+    def _mark(self, journal: Journal, step: int) -> None:
+        """Put a fingerprint into the journal, and see that all processes have the same scales.
+
+        Raises:
+            QZOError: They have not.
+        """
+        fingerprint = self.scales.fingerprint()
+        differing = self._ranks.differing(fingerprint)
+        if differing:
+            raise QZOError(
+                f"step {step}: expected the same scales in all processes, but those of {differing} "
+                "differ from process 0; a computer or its memory fails there. The journal is intact"
+            )
+        if self._ranks.is_first:
+            journal.mark(fingerprint)
+
+    def _log(self, step: int, seconds: float) -> None:
+        numbers = {**self._window.take(), "learning_rate": self._learning_rate(step - 1)}
+        line = {"step": step, **numbers, "seconds": seconds}
+        self.metrics.append(line)
+        self._events.tell("log", step, logs=line)
 
     def _learning_rate(self, step: int) -> float:
         config = self.config
@@ -280,9 +342,14 @@ class Trainer:
 
     def _evaluate(self, step: int) -> Evaluation | None:
         """Evaluate, note it, and keep the scales if they are the best so far."""
-        if self.eval_set is None or self.metrics.has_evaluation(step):
+        if self.eval_set is None:
+            return None
+        is_first = self._ranks.is_first
+        if self._ranks.agree(is_first and self.metrics.has_evaluation(step)):
             return None
         result = self.evaluate()
+        if not is_first:
+            return result
         begin(self._journal, self.config)
         best = self.metrics.best()
         if best is None or result.loss < best[1]:  # before it is noted: a stop repeats both
@@ -293,6 +360,7 @@ class Trainer:
         return result
 
     def _save(self, step: int) -> None:
+        """Write a snapshot, unless it is there, and remove the oldest ones."""
         folder = self.folder / f"checkpoint-{step}"
         if folder.exists():
             return
@@ -302,10 +370,11 @@ class Trainer:
         self._events.tell("save", step)
 
     def _snapshot(self, folder: Path, step: int) -> None:
-        state = {"step": step, "fingerprint": self.scales.fingerprint()}
+        scales = self.scales
+        state = Snapshot(step, scales.values, self.optimizer.state(), scales.fingerprint())
         remove(folder)
         with new_folder(folder) as partial:
-            save_snapshot(partial, self.scales.values.cpu(), state)
+            save_snapshot(partial, state)
 
     def _snapshots(self) -> list[Path]:
         folders = self.folder.glob("checkpoint-*")
@@ -313,21 +382,38 @@ class Trainer:
         numbers = sorted(int(step) for step in steps if step.isdecimal())
         return [self.folder / f"checkpoint-{number}" for number in numbers]
 
+    def _stop(self, journal: Journal) -> None:
+        """End between two steps, so that the run can be continued at once.
+
+        Raises:
+            StoppedError: Always.
+        """
+        if self._ranks.is_first:
+            journal.mark(self.scales.fingerprint())
+            self._save(self._steps)
+        raise StoppedError(
+            f"stopped by a signal after step {self._steps} of {self.config.max_steps}; to go on: "
+            "resume_from_checkpoint=true"
+        )
+
     def _finish(
         self, journal: Journal, before: Evaluation | None, skipped: int, seconds: float
     ) -> Result:
         """Choose the scales to keep, write the adapter and the reference loss."""
-        steps = best_step = journal.next_step
-        journal.mark(self.scales.fingerprint())
-        self._snapshot(self.folder / f"checkpoint-{steps}", steps)
+        steps = best_step = self._steps
+        self._mark(journal, steps)
+        if not self._ranks.is_first:
+            after = self._evaluate(steps)
+            changed = changed_fraction(self.checkpoint, self.scales)
+            return Result(steps, steps, before, after, changed, skipped, seconds)
+        self._save(steps)
         after = self._evaluate(steps)
-        if self.eval_set is not None and self.config.load_best_model_at_end:
-            values, state = read_snapshot(self.folder / "best")
-            if state["step"] != steps:
-                self.scales.restore(values)
-                best_step, after = state["step"], self.evaluate()
-        if after is None and self.eval_set is not None:
-            after = self.evaluate()
+        if self.eval_set is not None:
+            best = read_snapshot(self.folder / "best")
+            if self.config.load_best_model_at_end and best.step != steps:
+                self._take(best)
+                best_step, after = best.step, None
+            after = after or self._evaluation(self.eval_set, Ranks())
         self._write_adapter(journal, best_step)
         changed = changed_fraction(self.checkpoint, self.scales)
         self.metrics.append({"step": steps, "best_step": best_step, CLOSING_KEY: changed})
@@ -337,13 +423,11 @@ class Trainer:
 
     def _write_adapter(self, journal: Journal, step: int) -> None:
         tensors: dict[str, Tensor] = scale_tensors(self.checkpoint, self.scales)
-        reference = self.evaluate(self._reference_loss_only())
-        write_reference(self.folder, self._reference, reference.loss)
+        reference = ExampleSet(self._reference.examples, self._reference.loss)
+        loss = self._evaluation(reference, Ranks()).loss
+        write_reference(self.folder, self._reference, loss)
         save_adapter(self.folder, tensors, adapter_config(journal.header, self.checkpoint, step))
         apply_adapter(self.model, self.checkpoint, open_adapter(self.folder))
-
-    def _reference_loss_only(self) -> ExampleSet:
-        return ExampleSet(self._reference.examples, self._reference.loss)
 
 
 def make_estimator(config: Recipe) -> Estimator:

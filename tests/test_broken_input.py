@@ -601,8 +601,7 @@ CASES: list[tuple[Break, tuple[str, ...], str]] = [
     (
         changed_codes,
         RESUME,
-        r"{w}/run/journal\.jsonl: codes_sha256 differs from the run that is to be continued; "
-        r"was the base changed\?",
+        r"model: codes_sha256 of the base differs from that of the run that is to be continued",
     ),
     (
         changed_codes,
@@ -619,8 +618,7 @@ CASES: list[tuple[Break, tuple[str, ...], str]] = [
     (
         changed_scales,
         RESUME,
-        r"{w}/run/journal\.jsonl: scales_sha256 differs from the run that is to be continued; "
-        r"was the base changed\?",
+        r"model: scales_sha256 of the base differs from that of the run that is to be continued",
     ),
     (damaged_journal, REPLAY, r"{w}/run/journal\.jsonl: line 3: expected step 1, got 7"),
     (damaged_journal, RESUME, r"{w}/run/journal\.jsonl: line 3: expected step 1, got 7"),
@@ -685,8 +683,7 @@ CASES: list[tuple[Break, tuple[str, ...], str]] = [
     (
         file_in_the_place_of_the_folder,
         TRAIN,
-        r"{w}/out: expected a new or empty folder; choose another output_dir, or set "
-        r"resume_from_checkpoint: true",
+        r"{w}/out: expected a new or empty folder, found a file; choose another output_dir",
     ),
     (
         file_in_the_place_of_the_folder,

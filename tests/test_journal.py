@@ -17,6 +17,7 @@ HEADER: dict[str, Any] = {
     **{"base": "/models/base", "codes_sha256": "c0", "scales_sha256": "5c", "seed": 7},
     **{"generator": "philox4x32-10/v1", "qzo_version": "0", "layers": ["a"], "num_values": 3},
     **{"coordinates": "row", "direction": "rademacher", "optimizer": "sgd", "recipe": {}},
+    "optimizer_settings": {},
 }
 
 

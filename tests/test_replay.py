@@ -14,7 +14,7 @@ from qzo import trainer as trainer_module
 from qzo.checkpoint import open_checkpoint
 from qzo.errors import CheckpointError
 from qzo.journal import Journal
-from qzo.replay import apply_journal
+from qzo.replay import apply_journal, optimizer_of
 from qzo.scales import Scales
 
 STEPS = 6
@@ -76,7 +76,7 @@ def rebuilt(run: Run, *, to_step: int | None = None) -> torch.Tensor:
         coordinates=journal.header["coordinates"],
         direction=journal.header["direction"],
     )
-    apply_journal(journal, scales, to_step=to_step)
+    apply_journal(journal, scales, optimizer_of(journal.header), to_step=to_step)
     return scales.values
 
 

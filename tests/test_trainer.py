@@ -394,8 +394,7 @@ def test_another_base_cannot_continue_a_run(
 
     with pytest.raises(
         CheckpointError,
-        match=f"^{re.escape(str(tmp_path / 'run' / 'journal.jsonl'))}: {digest} differs from the "
-        r"run that is to be continued; was the base changed\?$",
+        match=f"^model: {digest} of the base differs from that of the run that is to be continued$",
     ):
         tiny_trainer(other, tmp_path / "run", resume_from_checkpoint=True).train()
 
@@ -582,7 +581,7 @@ def test_only_the_newest_snapshots_are_kept(base: Path, tmp_path: Path) -> None:
     tiny_trainer(base, tmp_path / "run", max_steps=9, save_steps=2, save_total_limit=2).train()
 
     names = sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*"))
-    assert names == ["checkpoint-6", "checkpoint-8", "checkpoint-9"]
+    assert names == ["checkpoint-8", "checkpoint-9"]
 
 
 def test_updates_that_the_file_cannot_hold_are_warned_about(base: Path, tmp_path: Path) -> None:
@@ -697,7 +696,8 @@ def test_callbacks_hear_what_happens_in_order(base: Path, tmp_path: Path) -> Non
     assert recorder.events == [
         *[("train_begin", 0), ("evaluate", 0)],
         *[("step_begin", 0), ("step_end", 1), ("log", 1), ("evaluate", 1), ("save", 1)],
-        *[("step_begin", 1), ("step_end", 2), ("log", 2), ("evaluate", 2), ("train_end", 2)],
+        *[("step_begin", 1), ("step_end", 2), ("log", 2), ("save", 2), ("evaluate", 2)],
+        ("train_end", 2),
     ]
     assert {"loss", "derivative", "clip_rate", "learning_rate"} <= set(recorder.logs[0])
 
