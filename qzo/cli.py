@@ -219,9 +219,12 @@ def train(
     from qzo.run import train as run
 
     with _stdout_for(as_json) as print_json:
-        loading = loading_progress(_stderr, is_silent=as_json)
+        is_first = os.environ.get("RANK", "0") == "0"
+        loading = loading_progress(_stderr, is_silent=as_json or not is_first)
         with ProgressCallback(_stderr) as progress, loading as show_loading:
             result = run(config, [progress], show_loading)
+        if result is None:  # not the first process of the run
+            return
         if as_json:
             print_json(result.to_dict())
             return

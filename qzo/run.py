@@ -1,5 +1,6 @@
 """From a recipe to a trained run: the only place where configuration meets data and model."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from qzo.memory import parse_memory
 from qzo.model import Progress, load_checkpoint, load_tokenizer
 from qzo.planner import plan
 from qzo.plot import plot_run
+from qzo.ranks import Ranks
 from qzo.streaming import Budget, available_bytes
 from qzo.trainer import Result, Trainer
 
@@ -27,22 +29,49 @@ def train(
     recipe: Recipe,
     callbacks: Sequence[TrainerCallback] = (),
     progress: Progress | None = None,
-) -> Result:
+) -> Result | None:
     """Train as a recipe says, and write everything that belongs into the run folder.
+
+    Under ``torchrun`` all processes take part and the first one writes; after a restart by
+    ``--max-restarts`` the run is continued.
 
     Args:
         recipe: What to do.
         callbacks: transformers callbacks.
         progress: See ``load_checkpoint``.
+
+    Returns:
+        What the run ended with; None in all processes but the first.
     """
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
+        recipe = recipe.model_copy(update={"resume_from_checkpoint": True})
+    ranks = Ranks.join(device_of(recipe.device))
+    try:
+        return _train(recipe, ranks, callbacks, progress)
+    finally:
+        ranks.leave()
+
+
+def _train(
+    recipe: Recipe,
+    ranks: Ranks,
+    callbacks: Sequence[TrainerCallback],
+    progress: Progress | None,
+) -> Result | None:
+    if recipe.quantize is not None and ranks.size > 1:
+        raise ConfigError(
+            "quantize: expected a 4-bit model where several processes train; run qzo quantize first"
+        )
     checkpoint = base_checkpoint(recipe)
     _ = checkpoint.digests  # read in the background; the journal will need them
     tokenizer = load_tokenizer(checkpoint.folder)
     train_set, eval_set = data_sets(recipe, tokenizer)
     sets = [data for data in (train_set, eval_set) if data is not None]
     model = load_model(recipe, checkpoint, sets, progress)
-    trainer = Trainer(model, recipe, train_set, eval_set, callbacks, tokenizer)
+    trainer = Trainer(model, recipe, train_set, eval_set, callbacks, tokenizer, ranks)
     result = trainer.train()
+    if not ranks.is_first:
+        return None
     folder = Path(recipe.output_dir)
     card = model_card(folder, read_json(folder / "adapter_config.json"))
     write_bytes(folder / "README.md", card.encode("utf-8"))
@@ -175,10 +204,14 @@ def data_sets(recipe: Recipe, tokenizer: Any) -> tuple[ExampleSet, ExampleSet | 
 def device_of(name: str | None) -> torch.device:
     """Return the device of a name; a CUDA device where there is one unless named.
 
+    Under ``torchrun`` every process of a computer takes a CUDA device of its own.
+
     Raises:
         ConfigError: There is no such device.
     """
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     kind, _, number = name.partition(":")
     if kind not in {"cpu", "cuda"} or not (number or "0").isdecimal():
         raise ConfigError(f"device: expected 'cpu' or 'cuda', got {name!r}")

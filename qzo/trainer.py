@@ -102,6 +102,7 @@ class Trainer:
         eval_dataset: The same, or None.
         callbacks: transformers callbacks.
         tokenizer: Needed for records and generation; that of the checkpoint unless given.
+        ranks: The processes of the run; those that ``torchrun`` started unless given.
 
     Raises:
         ConfigError: There is a memory limit, and the model was loaded without.
@@ -115,6 +116,7 @@ class Trainer:
         eval_dataset: ExampleSet | Sequence[Any] | None = None,
         callbacks: Sequence[TrainerCallback] = (),
         tokenizer: Any = None,
+        ranks: Ranks | None = None,
     ) -> None:
         if config.memory_limit is not None and getattr(model, "qzo_budget", None) is None:
             raise ConfigError(
@@ -122,7 +124,7 @@ class Trainer:
                 "run the recipe with qzo train, or leave memory_limit out"
             )
         self.model, self.config, self.tokenizer = model.eval(), config, tokenizer
-        self._ranks = Ranks.join(model.device)
+        self._ranks = ranks or Ranks.join(model.device)
         self.folder = Path(config.output_dir)
         layers = trained_layers(model, config.zo.num_blocks)
         self._live: Live = layers[0].live
