@@ -14,6 +14,7 @@ from qzo.config import Recipe
 from qzo.errors import ConfigError
 from qzo.examples import ExampleSet, read_set, split_records
 from qzo.files import read_json, write_bytes
+from qzo.interrupts import explained_bus_errors
 from qzo.memory import parse_memory
 from qzo.model import Progress, load_checkpoint, load_tokenizer
 from qzo.planner import plan
@@ -47,22 +48,29 @@ def train(
         recipe = recipe.model_copy(update={"resume_from_checkpoint": True})
     ranks = Ranks.join(device_of(recipe.device))
     try:
-        return _train(recipe, ranks, callbacks, progress)
+        checkpoint = _base(recipe, ranks)
+        tensors = checkpoint.tensors
+        with explained_bus_errors({checkpoint.folder / name for name in tensors.files.values()}):
+            return _train(recipe, checkpoint, ranks, callbacks, progress)
     finally:
         ranks.leave()
 
 
-def _train(
-    recipe: Recipe,
-    ranks: Ranks,
-    callbacks: Sequence[TrainerCallback],
-    progress: Progress | None,
-) -> Result | None:
+def _base(recipe: Recipe, ranks: Ranks) -> Checkpoint:
     if recipe.quantize is not None and ranks.size > 1:
         raise ConfigError(
             "quantize: expected a 4-bit model where several processes train; run qzo quantize first"
         )
-    checkpoint = base_checkpoint(recipe)
+    return base_checkpoint(recipe)
+
+
+def _train(
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    ranks: Ranks,
+    callbacks: Sequence[TrainerCallback],
+    progress: Progress | None,
+) -> Result | None:
     _ = checkpoint.digests  # read in the background; the journal will need them
     tokenizer = load_tokenizer(checkpoint.folder)
     train_set, eval_set = data_sets(recipe, tokenizer)

@@ -41,7 +41,9 @@ def test_a_run_may_continue_under_another_limit(base: Path, tmp_path: Path) -> N
     recipe = short_recipe(base, tmp_path / "run", lr_scheduler_type="constant")
     run.train(recipe)
     more = {"max_steps": 3, "resume_from_checkpoint": True, "memory_limit": "2GiB"}
-    assert run.train(recipe.model_copy(update=more)).steps == 3
+    result = run.train(recipe.model_copy(update=more))
+    assert result is not None
+    assert result.steps == 3
 
 
 @pytest.mark.parametrize("value", ["4", "much", "-1GiB"])
@@ -124,4 +126,6 @@ def test_a_run_that_is_stopped_before_its_first_step_can_start_again(
         patch.setattr("qzo.objective.answer_scores", interrupt)
         with pytest.raises(KeyboardInterrupt):
             run.train(recipe)
-    assert run.train(recipe).steps == 2
+    result = run.train(recipe)
+    assert result is not None
+    assert result.steps == 2
