@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
+from support import forked
 from support.runs import RECORDS, json_lines, tiny_checkpoint, write_lines
 
 import qzo
@@ -25,19 +26,7 @@ STEPS = 120
 KILLS = int(os.environ.get("QZO_KILLS", "50"))
 # Imports happen once: a process that trains is forked from one that has done them.
 FORKED = multiprocessing.get_context("forkserver")
-FORKED.set_forkserver_preload(["qzo.run"])
-
-
-def work(values: dict[str, Any], errors: str) -> None:
-    """Train in a process of its own, as the command line does."""
-    from qzo import cli
-
-    with open(errors, "a") as file:
-        os.dup2(file.fileno(), 2)
-    path = Path(errors).with_suffix(".yaml")
-    path.write_text("".join(f"{key}: {value}\n" for key, value in values.items()))
-    sys.argv = ["qzo", "train", str(path), "--json"]
-    cli.main()
+FORKED.set_forkserver_preload(["qzo.run", "qzo.cli", "support.forked"])
 
 
 class Run:
@@ -62,7 +51,7 @@ class Run:
             write_lines(folder / "data.jsonl", RECORDS)
 
     def start(self) -> ForkServerProcess:
-        process = FORKED.Process(target=work, args=(self.values, str(self.errors)))
+        process = FORKED.Process(target=forked.train, args=(self.values, str(self.errors)))
         process.start()
         return process
 
@@ -297,7 +286,7 @@ def test_the_number_of_processes_does_not_matter(tmp_path: Path, zo: dict[str, A
 
 def children(process: "subprocess.Popen[str]") -> dict[str, int]:
     """Return the processes that torchrun started, by their rank."""
-    found = {}
+    found: dict[str, int] = {}
     listing = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
     for pid in map(int, listing.split()):
         variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
