@@ -28,7 +28,7 @@ def detect(config: Mapping[str, Any] | None, keys: Iterable[str]) -> ModuleType:
     method = config.get("quant_method")
     if method is None:  # old AutoGPTQ files lack the field
         method = gptq.QUANT_METHOD if gptq.layer_names(keys) else "none"
-    if method not in FORMATS:
+    if not isinstance(method, str) or method not in FORMATS:
         raise FormatError(
             f"quant_method: expected one of {sorted(FORMATS)}, got {str(method)!r}; quantize the "
             "float model with `qzo quantize` instead"

@@ -9,10 +9,11 @@ Unknown keys are errors that name the nearest known one. A preset fills in what 
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError
 
 from qzo.errors import ConfigError
 from qzo.memory import parse_memory
@@ -32,6 +33,21 @@ _OTHER_NAMES = {
 }
 
 
+def _no_truth(value: Any) -> Any:
+    """Refuse true and false, which are numbers in Python.
+
+    Raises:
+        PydanticCustomError: The value is one of them.
+    """
+    if isinstance(value, bool):
+        raise PydanticCustomError("number", "Input should be a number")
+    return value
+
+
+Int = Annotated[int, BeforeValidator(_no_truth)]
+Float = Annotated[float, BeforeValidator(_no_truth)]
+
+
 class ZOConfig(BaseModel):
     """How the loss is estimated and the scales move."""
 
@@ -40,14 +56,14 @@ class ZOConfig(BaseModel):
     estimator: Literal["spsa", "per_example"] = "per_example"
     coordinates: Literal["absolute", "relative", "row"] = "row"
     direction: Literal["rademacher", "gaussian"] = "rademacher"
-    epsilon: float = Field(default=1e-2, gt=0)
-    num_directions: int = Field(default=1, ge=1)
-    num_blocks: int | None = Field(default=None, ge=1)  # train the last so many decoder blocks
+    epsilon: Float = Field(default=1e-2, gt=0)
+    num_directions: Int = Field(default=1, ge=1)
+    num_blocks: Int | None = Field(default=None, ge=1)  # train the last so many decoder blocks
     normalize: bool = True  # per_example: derivatives of a step have a root mean square of 1
-    max_loss_difference: float | None = Field(default=None, gt=0)
+    max_loss_difference: Float | None = Field(default=None, gt=0)
     optimizer: Literal["sgd", "momentum"] = "sgd"
-    momentum: float = Field(default=0.9, ge=0, lt=1)
-    max_skipped_steps: int = Field(default=10, ge=1)
+    momentum: Float = Field(default=0.9, ge=0, lt=1)
+    max_skipped_steps: Int = Field(default=10, ge=1)
 
     @property
     def optimizer_settings(self) -> dict[str, float]:
@@ -70,28 +86,28 @@ class Recipe(BaseModel):
     quantize: Literal["nf4", "gptq"] | None = None
     preset: Literal["default", "paper"] = "default"
 
-    max_steps: int = Field(default=500, ge=1)
-    learning_rate: float = Field(default=5e-2, gt=0)
+    max_steps: Int = Field(default=500, ge=1)
+    learning_rate: Float = Field(default=5e-2, gt=0)
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "cosine"
-    warmup_steps: int = Field(default=0, ge=0)
-    per_device_train_batch_size: int = Field(default=16, ge=1)
-    gradient_accumulation_steps: int = Field(default=1, ge=1)
-    per_device_eval_batch_size: int = Field(default=32, ge=1)
-    max_length: int = Field(default=512, ge=2)
-    num_train_examples: int | None = Field(default=None, ge=1)
-    num_eval_examples: int = Field(default=500, ge=0)
+    warmup_steps: Int = Field(default=0, ge=0)
+    per_device_train_batch_size: Int = Field(default=16, ge=1)
+    gradient_accumulation_steps: Int = Field(default=1, ge=1)
+    per_device_eval_batch_size: Int = Field(default=32, ge=1)
+    max_length: Int = Field(default=512, ge=2)
+    num_train_examples: Int | None = Field(default=None, ge=1)
+    num_eval_examples: Int = Field(default=500, ge=0)
 
-    logging_steps: int = Field(default=10, ge=1)
-    eval_steps: int | None = Field(default=None, ge=1)
-    save_steps: int = Field(default=500, ge=1)
-    save_total_limit: int = Field(default=2, ge=1)
+    logging_steps: Int = Field(default=10, ge=1)
+    eval_steps: Int | None = Field(default=None, ge=1)
+    save_steps: Int = Field(default=500, ge=1)
+    save_total_limit: Int = Field(default=2, ge=1)
     load_best_model_at_end: bool = True
-    seed: int = Field(default=0, ge=0, lt=2**63)
-    data_seed: int = Field(default=0, ge=0, lt=2**63)
+    seed: Int = Field(default=0, ge=0, lt=2**63)
+    data_seed: Int = Field(default=0, ge=0, lt=2**63)
     report_to: str | list[str] = "none"
     resume_from_checkpoint: bool = False
     # Steps until the journal is forced onto the disk; power loss costs at most one less than that.
-    journal_sync_steps: int = Field(default=1, ge=1)
+    journal_sync_steps: Int = Field(default=1, ge=1)
     device: str | None = None
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
     memory_limit: str | None = None  # such as 4GiB; what does not fit streams from the files

@@ -6,7 +6,7 @@ Everything is written to a temporary name beside its target, synced to disk and 
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -58,16 +58,37 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _JSON_BYTES_MAX:
             raise CheckpointError(f"{path}: expected at most {_JSON_BYTES_MAX} bytes of JSON")
-        value = json.loads(path.read_bytes().decode("utf-8"))
+        value = parse_json(path.read_bytes())
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: expected this file, not found") from error
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise CheckpointError(f"{path}: expected JSON, got {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected a JSON object, got {type(value).__name__}")
     return value
+
+
+def parse_json(data: bytes) -> Any:
+    """Parse JSON of anybody.
+
+    Raises:
+        ValueError: It is not UTF-8, not JSON, nested too deeply, or has a key twice in an object.
+    """
+    try:
+        return json.loads(data.decode("utf-8"), object_pairs_hook=_object)
+    except RecursionError as error:
+        raise ValueError("values nested too deeply") from error
+
+
+def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r} twice")
+    return result
 
 
 @contextmanager

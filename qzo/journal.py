@@ -24,7 +24,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from qzo.errors import CheckpointError
-from qzo.files import WriteError, new_file, write_bytes
+from qzo.files import WriteError, new_file, parse_json, write_bytes
 from qzo.probes import DirectionalDerivative, direction_seed
 from qzo.tensor_files import TensorFiles, write_safetensors
 
@@ -380,8 +380,8 @@ def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
             raise CheckpointError(
                 f"{path}: line {number}: expected at most {_LINE_BYTES_MAX} bytes"
             )
-        value = json.loads(line.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
+        value = parse_json(line)
+    except ValueError as error:
         raise CheckpointError(f"{path}: line {number}: expected JSON, got {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: line {number}: expected a JSON object")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qzo.errors import CheckpointError
-from qzo.files import WriteError, write_bytes
+from qzo.files import WriteError, parse_json, write_bytes
 from qzo.probes import DirectionalDerivative
 
 NAME = "metrics.jsonl"
@@ -115,10 +115,12 @@ def _read(path: Path) -> list[dict[str, Any]]:
 
 def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
     try:
-        value = json.loads(line.decode("utf-8"))
+        value = parse_json(line)
     except ValueError:
         value = None
-    if not isinstance(value, dict) or not isinstance(value.get("step"), int):
+    loss = value.get("eval_loss") if isinstance(value, dict) else None
+    is_valid = loss is None or isinstance(loss, int | float)
+    if not isinstance(value, dict) or type(value.get("step")) is not int or not is_valid:
         raise CheckpointError(
             f"{path}: line {number}: expected a JSON object with a step, got something else; "
             "remove the file to go on without earlier metrics"

@@ -18,8 +18,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from quantizers.errors import FormatError
 from qzo.checkpoint import Checkpoint, natural_order, open_checkpoint
 from qzo.errors import CheckpointError, ConfigError
+from qzo.files import read_json
 from qzo.linear import Live, QuantLinear
 from qzo.mapped import keep_stored
+from qzo.shapes import check_counts
 from qzo.streaming import Budget, stream
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
@@ -155,18 +157,19 @@ def _skeleton(folder: Path) -> PreTrainedModel:
     """
     from accelerate import init_empty_weights
 
+    check_counts(read_json(folder / "config.json"))
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # values of anybody, in the code of any architecture
+        reason = str(error).partition("\n")[0]
         raise CheckpointError(f"{folder / 'config.json'}: not understood: {reason}") from error
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     try:
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except (ValueError, RuntimeError, TypeError, AttributeError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # as above
+        reason = str(error).partition("\n")[0]
         raise CheckpointError(
             f"{folder / 'config.json'}: expected a causal language model: {reason}"
         ) from error

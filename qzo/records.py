@@ -133,9 +133,10 @@ def _read_json_lines(path: Path) -> list[Record]:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
+            reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
             raise DataError(
-                f"{path}: expected one JSON object per line, got {error.msg!r} in line {number}; "
+                f"{path}: expected one JSON object per line, got {reason!r} in line {number}; "
                 "correct that line"
             ) from error
         if not isinstance(row, dict):

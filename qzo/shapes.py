@@ -9,7 +9,7 @@ by its output (no ``T x T`` scores) where the model uses SDPA.
 """
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,6 +21,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from qzo.errors import ConfigError
+
+_COUNT_MAX = 100_000
 
 
 @dataclass(frozen=True)
@@ -63,12 +65,13 @@ def build_skeleton(config: dict[str, Any], dtype: torch.dtype) -> PreTrainedMode
     """
     ignored = ("quantization_config", "model_type", "dtype", "torch_dtype")
     settings = {key: value for key, value in config.items() if key not in ignored}
+    check_counts(settings)
     factory: Any = AutoModelForCausalLM  # its methods are untyped
     try:
         model_config = AutoConfig.for_model(config.get("model_type", ""), **settings)
         with torch.device("meta"):
             model: PreTrainedModel = factory.from_config(model_config, dtype=dtype)
-    except (ValueError, TypeError, KeyError) as error:
+    except Exception as error:  # values of anybody, in the code of any architecture
         raise ConfigError(
             "config.json: expected a causal language model that transformers knows, got "
             f"model_type {config.get('model_type')!r}; {_first_line(error)}"
@@ -81,6 +84,18 @@ def build_skeleton(config: dict[str, Any], dtype: torch.dtype) -> PreTrainedMode
     _refuse_fused_experts(model)
     nn.Module.eval(model)
     return model
+
+
+def check_counts(config: Mapping[str, Any]) -> None:
+    """Refuse counts of layers, heads or experts that nothing could build.
+
+    Raises:
+        ConfigError: A count is too large.
+    """
+    for key, value in config.items():
+        is_count = key.startswith(("num_", "n_")) and isinstance(value, int | float)
+        if is_count and not value <= _COUNT_MAX:
+            raise ConfigError(f"config.json: {key}: expected at most {_COUNT_MAX}, got {value}")
 
 
 def model_shapes(model: PreTrainedModel, is_quantized: Callable[[str], bool]) -> ModelShapes:

@@ -232,7 +232,7 @@ def a_journal(world: World, draw: random.Random) -> None:
             at = draw.choice((0, draw.randrange(len(lines))))
             try:
                 value = mutated_json(json.loads(lines[at]), draw)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
             lines[at] = json_text(value, draw)
         return b"\n".join(lines) + b"\n"
