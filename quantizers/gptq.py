@@ -75,14 +75,15 @@ def spec(config: Mapping[str, Any]) -> GPTQSpec:
     if group_size != -1 and group_size < 1:
         raise FormatError(f"group_size: expected -1 or a positive integer, got {group_size}")
     checkpoint_format = config.get("checkpoint_format", config.get("format", "gptq"))
-    if checkpoint_format not in {"gptq", "gptq_v2"}:
+    if checkpoint_format not in ["gptq", "gptq_v2"]:
         raise FormatError(
             f"checkpoint_format: expected 'gptq' or 'gptq_v2', got {checkpoint_format!r}; "
             "convert the checkpoint to one of them"
         )
     if config.get("pack_dtype", "int32") != "int32":
         raise FormatError(f"pack_dtype: expected 'int32', got {config['pack_dtype']!r}")
-    overrides = [name for name in config.get("dynamic") or {} if not name.startswith("-:")]
+    dynamic = _mapping(config, "dynamic")
+    overrides = [name for name in dynamic if not name.startswith("-:")]
     if overrides:
         raise FormatError(
             f"dynamic: expected the same bits and group size in every layer, got overrides for "
@@ -99,8 +100,15 @@ def _integer(config: Mapping[str, Any], key: str) -> int:
     return value
 
 
+def _mapping(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = config.get(key) or {}
+    if not isinstance(value, Mapping):
+        raise FormatError(f"{key}: expected keys and values, got {type(value).__name__}")
+    return value
+
+
 def _writer(config: Mapping[str, Any]) -> str:
-    quantizer = (config.get("meta") or {}).get("quantizer", "")
+    quantizer = _mapping(config, "meta").get("quantizer", "")
     return "gptqmodel" if "gptqmodel" in str(quantizer) else "auto_gptq"
 
 

@@ -68,7 +68,7 @@ def spec(config: Mapping[str, Any]) -> NF4Spec:
             "continuous group scales to train"
         )
     quant_type = config.get("bnb_4bit_quant_type", "fp4")
-    if quant_type not in {"nf4", "fp4"}:
+    if quant_type not in ["nf4", "fp4"]:
         raise FormatError(f"bnb_4bit_quant_type: expected 'nf4' or 'fp4', got {quant_type!r}")
     return NF4Spec(quant_type)
 

@@ -18,6 +18,7 @@ from pydantic_core import PydanticCustomError
 from qzo.errors import ConfigError
 from qzo.memory import parse_memory
 
+_BYTES_MAX = 2**20
 _OTHER_NAMES = {
     "lr": "learning_rate",
     "batch_size": "per_device_train_batch_size",
@@ -141,6 +142,16 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML without aliases: a few of them can stand for more values than fit into any memory."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            raise yaml.MarkedYAMLError(problem="aliases are not supported", problem_mark=mark)
+        return super().compose_node(parent, index)
+
+
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a YAML recipe and apply ``key=value`` overrides (``zo.epsilon=0.01``).
 
@@ -148,7 +159,9 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         ConfigError: The file or a value cannot be used; the message names the key.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if path.stat().st_size > _BYTES_MAX:
+            raise ConfigError(f"{path}: expected at most {_BYTES_MAX} bytes of YAML")
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
@@ -196,7 +209,7 @@ def _set(values: dict[str, Any], override: str) -> None:
         if not isinstance(place, dict):
             raise ConfigError(f"{key}: expected {parent} to hold keys, got {place!r}")
     try:
-        place[last] = yaml.safe_load(text)
+        place[last] = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"{key}: expected a YAML value, got {text!r}") from error
 

@@ -218,9 +218,9 @@ def a_recipe(world: World, draw: random.Random) -> None:
         text += f"\ndata: {tag} [x]\n".encode()
     elif kind == 2:
         names = [f"&a{i} [{', '.join([f'*a{i - 1}'] * 9) if i else 'x'}]" for i in range(30)]
-        text += "\n".join(f"k{i}: {name}" for i, name in enumerate(names)).encode()
+        text += ("\nreport_to: [" + ", ".join([*names, "*a29"]) + "]\n").encode()
     elif kind == 3:
-        text += b"\nzo: " + b"[" * draw.choice((10, 5000)) + b"]\n"
+        text += b"\nzo: " + b"[" * draw.choice((10, 1000)) + b"]\n"
     path.write_bytes(text)
     read_recipe(path, draw.choice(([], ["zo.epsilon=1e-3"], ["seed=[1"], ["zo.a.b=1"])))
 

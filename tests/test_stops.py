@@ -265,7 +265,7 @@ def run_ranks(run: Run, count: int, *options: str) -> "subprocess.Popen[str]":
     path = run.errors.with_suffix(".yaml")
     path.write_text("".join(f"{key}: {value}\n" for key, value in run.values.items()))
     return subprocess.Popen(
-        [*TORCHRUN, str(count), "--master-port", "0", *options, "-m", "qzo", "train", str(path)],
+        [*TORCHRUN, str(count), "--standalone", *options, "-m", "qzo", "train", str(path)],
         stderr=run.errors.open("a"),
         stdout=subprocess.DEVNULL,
         text=True,
@@ -333,7 +333,7 @@ def test_processes_with_other_data_are_refused(tmp_path: Path) -> None:
         f'[ "$RANK" = 1 ] && more="data={tmp_path}/other.jsonl"\n'
         f"exec {sys.executable} -m qzo train {path} $more\n"
     )
-    command = [*TORCHRUN, "2", "--master-port", "0", "--no-python", "bash", str(script)]
+    command = [*TORCHRUN, "2", "--standalone", "--no-python", "bash", str(script)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
     assert done.returncode == 1
