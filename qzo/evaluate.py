@@ -205,6 +205,6 @@ def generate(
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     """Return the mean and its standard error."""
-    if len(values) < 2:
+    if len(values) < 2 or not all(map(math.isfinite, values)):
         return math.fsum(values) / max(len(values), 1), math.nan
     return statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))

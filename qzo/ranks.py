@@ -17,6 +17,8 @@ from itertools import chain
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from qzo.errors import QZOError
 
@@ -70,8 +72,12 @@ class Ranks:
         if int(os.environ.get("WORLD_SIZE", "1")) == 1 and not dist.is_initialized():
             return cls()
         if not dist.is_initialized():
+            backend = "nccl" if device.type == "cuda" else "gloo"
             try:
-                dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+                store, rank, size = next(rendezvous("env://"))
+                # torchrun keeps its store when it restarts processes, with the old addresses in it
+                store = PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+                dist.init_process_group(backend, store=store, rank=rank, world_size=size)
             except (RuntimeError, ValueError) as error:
                 raise LostProcessError(f"processes: cannot meet: {_first_line(error)}") from error
         is_nccl = dist.get_backend() == "nccl"

@@ -135,7 +135,7 @@ def test_a_run_killed_at_random_moments_ends_like_one_that_was_not(
             for file in run.folder.rglob("*"):
                 if file.is_file():
                     file.unlink()
-    assert run.finish() == 0
+    assert run.finish() == 0, run.said()
     assert_equal(run, straight)
 
 
@@ -157,7 +157,7 @@ def test_a_signal_finishes_the_step(tmp_path: Path, straight: Run, number: signa
         "resume_from_checkpoint=true"
     )
     assert (run.folder / f"checkpoint-{steps}").is_dir()
-    assert run.finish() == 0
+    assert run.finish() == 0, run.said()
     assert_equal(run, straight)
 
 
@@ -203,7 +203,7 @@ def test_a_disk_that_fills_up_loses_nothing(tmp_path: Path, straight: Run) -> No
         assert 0 < len(before) < STEPS
         assert before == straight.journal()[: len(before)]
         subprocess.run(["mount", "-o", "remount,size=16m", str(run.folder)], check=True)
-        assert run.finish() == 0
+        assert run.finish() == 0, run.said()
         assert_equal(run, straight)
 
 
@@ -235,7 +235,7 @@ def test_a_base_cut_short_under_a_run_is_named(tmp_path: Path, straight: Run) ->
         "journal holds every finished step: restore the file, then resume_from_checkpoint=true"
     )
     weights.write_bytes(content)
-    assert run.finish() == 0
+    assert run.finish() == 0, run.said()
     assert_equal(run, straight)
 
 
@@ -252,7 +252,7 @@ def test_a_loss_that_is_not_finite_is_skipped_and_journaled(tmp_path: Path) -> N
     records = [*RECORDS, {**RECORDS[0], "prompt": "an xxx film. it was"}]
     write_lines(tmp_path / "data.jsonl", records)
 
-    assert run.finish() == 0
+    assert run.finish() == 0, run.said()
     lost = [line["step"] for line in run.journal() if None in line["losses"]]
     assert 0 < len(lost) < 8
     assert qzo.replay(run.folder).adapter == "equal"
@@ -264,12 +264,9 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node"]
 def run_ranks(run: Run, count: int, *options: str) -> "subprocess.Popen[str]":
     path = run.errors.with_suffix(".yaml")
     path.write_text("".join(f"{key}: {value}\n" for key, value in run.values.items()))
-    return subprocess.Popen(
-        [*TORCHRUN, str(count), "--standalone", *options, "-m", "qzo", "train", str(path)],
-        stderr=run.errors.open("a"),
-        stdout=subprocess.DEVNULL,
-        text=True,
-    )
+    command = [*TORCHRUN, str(count), "--standalone", *options, "-m", "qzo", "train", str(path)]
+    with run.errors.open("a") as errors:
+        return subprocess.Popen(command, stderr=errors, stdout=subprocess.DEVNULL, text=True)
 
 
 @pytest.mark.slow
@@ -308,7 +305,7 @@ def test_a_lost_process_ends_the_run_and_another_number_of_them_goes_on(
     if rank == "1":
         assert "processes: lost one of this run" in run.errors.read_text()
     assert run.steps_done() < STEPS
-    assert run.finish() == 0
+    assert run.finish() == 0, run.said()
     assert_equal(run, straight)
 
 
@@ -318,7 +315,7 @@ def test_torchrun_restarts_a_run_that_lost_a_process(tmp_path: Path, straight: R
     process = run_ranks(run, 2, "--max-restarts", "1")
     run.wait_for(5)
     os.kill(children(process)["1"], signal.SIGKILL)
-    assert process.wait(240) == 0
+    assert process.wait(240) == 0, run.errors.read_text()
     assert_equal(run, straight)
 
 
