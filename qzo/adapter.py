@@ -59,7 +59,7 @@ def open_adapter(folder: Path) -> Adapter:
             f"{folder / CONFIG_NAME}: expected peft_type 'QZO', got {config.get('peft_type')!r}"
         )
     for key, kind in _CONFIG_TYPES.items():
-        if not isinstance(config.get(key), kind):
+        if type(config.get(key)) is not kind:  # True is no number here
             raise CheckpointError(
                 f"{folder / CONFIG_NAME}: expected {key} of type {kind.__name__}, got "
                 f"{config.get(key)!r}"

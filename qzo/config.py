@@ -216,7 +216,7 @@ def _set(values: dict[str, Any], override: str) -> None:
 
 def _first_problem(error: ValidationError) -> str:
     problem = error.errors()[0]
-    place = problem["loc"]
+    place = problem["loc"] or ("recipe",)
     key = ".".join(str(part) for part in place[: 2 if place[0] == "zo" else 1])
     if problem["type"] == "missing":
         return f"{key}: expected this key in the recipe, not found"

@@ -327,10 +327,12 @@ def _header(path: Path, lines: Sequence[bytes]) -> dict[str, Any]:
             f"{header.get('format')!r} version {header.get('version')!r}"
         )
     for key, kind in _HEADER_TYPES.items():
-        if not isinstance(header.get(key), kind):
+        if type(header.get(key)) is not kind:  # True is no number here
             raise CheckpointError(
                 f"{path}: line 1: expected {key} of type {kind.__name__}, got {header.get(key)!r}"
             )
+    if not 0 <= header["seed"] < 2**63:
+        raise CheckpointError(f"{path}: line 1: expected a seed of 63 bits, got {header['seed']}")
     return header
 
 

@@ -11,6 +11,7 @@ import resource
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ def mutated_json(value: Any, draw: random.Random) -> Any:
     for _ in range(draw.choice((1, 1, 1, 2, 4))):
         paths = places(value)
         if not paths:
-            return draw.choice(ODD)
+            return deepcopy(draw.choice(ODD))
         *parents, last = draw.choice(paths)
         at = value
         for key in parents:
@@ -84,7 +85,7 @@ def mutated_json(value: Any, draw: random.Random) -> Any:
                 continue
             at[last] = json.loads(json.dumps(entry))
         else:
-            at[last] = draw.choice(ODD)
+            at[last] = deepcopy(draw.choice(ODD))
     return value
 
 
@@ -332,10 +333,14 @@ def fuzz(world: World, target: Target, count: int) -> None:
     )
     @given(st.integers(0, 2**62))
     def run(number: int) -> None:
-        started = time.process_time()
-        with suppress(QZOError, FormatError):
-            target(world, random.Random(number))
-        assert time.process_time() - started < SECONDS
+        for is_last in (False, True):  # a second try: the computer may have been busy
+            started = time.process_time()
+            with suppress(QZOError, FormatError):
+                target(world, random.Random(number))
+            seconds = time.process_time() - started
+            if seconds < SECONDS:
+                break
+            assert not is_last, seconds
 
     run()
 

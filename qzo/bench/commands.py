@@ -153,6 +153,28 @@ def scaling(
     console().print(f"plot: {out}")
 
 
+@app.command()
+def replay(
+    steps: Annotated[int, typer.Option(min=1, help="Steps of one direction.")] = 20_000,
+    values: Annotated[int, typer.Option(min=1, help="Trained values.")] = 1_000_000,
+    as_json: AsJSON = False,
+) -> None:
+    """Write a long journal and replay it in both of its forms."""
+    from qzo.bench.replay import bench_replay
+
+    with stdout_for(as_json) as print_json, _progress() as progress:
+        result = bench_replay(steps, values, progress)
+        if as_json:
+            print_json(result)
+            return
+    table = Table("form", "bytes", "seconds")
+    for form, count in result["bytes"].items():
+        table.add_row(form, f"{count:,}", f"{result['seconds'][form]:.1f}")
+    terminal = console()
+    terminal.print(f"{steps} steps, {values} values, {_machine(result)}")
+    terminal.print(table)
+
+
 def _numbers(flag: str, text: str) -> tuple[int, ...]:
     """Read ``32,128,512``.
 
