@@ -168,6 +168,9 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise ConfigError(f"{path}: expected YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected keys and values, got {type(values).__name__}")
+    for key in values:
+        if not isinstance(key, str):
+            raise ConfigError(f"{path}: expected names as keys, got {key!r}")
     for override in overrides:
         _set(values, override)
     return recipe(values)
@@ -183,7 +186,7 @@ def recipe(values: Mapping[str, Any]) -> Recipe:
     if not isinstance(preset, str) or preset not in PRESETS:
         raise ConfigError(f"preset: expected one of {sorted(PRESETS)}, got {preset!r}")
     zo = values.get("zo", {})
-    if not isinstance(zo, Mapping):
+    if not isinstance(zo, Mapping) or not all(isinstance(key, str) for key in zo):
         raise ConfigError(f"zo: expected keys and values, got {type(zo).__name__}")
     defaults = PRESETS[preset]
     zo = {**defaults.get("zo", {}), **zo}

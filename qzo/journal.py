@@ -19,13 +19,15 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, get_args, runtime_checkable
 
 import torch
 
+from qzo.directions import DirectionName
 from qzo.errors import CheckpointError
 from qzo.files import WriteError, new_file, parse_json, write_bytes
 from qzo.probes import DirectionalDerivative, direction_seed
+from qzo.scales import Coordinates
 from qzo.tensor_files import TensorFiles, write_safetensors
 
 NAME = "journal.jsonl"
@@ -331,6 +333,14 @@ def _header(path: Path, lines: Sequence[bytes]) -> dict[str, Any]:
             raise CheckpointError(
                 f"{path}: line 1: expected {key} of type {kind.__name__}, got {header.get(key)!r}"
             )
+    for key, names in (("coordinates", Coordinates), ("direction", DirectionName)):
+        if header[key] not in get_args(names):
+            raise CheckpointError(
+                f"{path}: line 1: expected {key} to be one of {list(get_args(names))}, got "
+                f"{header[key]!r}"
+            )
+    if not all(isinstance(layer, str) for layer in header["layers"]):
+        raise CheckpointError(f"{path}: line 1: expected names of layers, got something else")
     if not 0 <= header["seed"] < 2**63:
         raise CheckpointError(f"{path}: line 1: expected a seed of 63 bits, got {header['seed']}")
     return header
