@@ -321,12 +321,14 @@ def compact(
     """Write the compact form of a journal: all that replay and export need.
 
     Raises:
-        ConfigError: The name is not that of a safetensors file.
+        ConfigError: The name is not that of a new safetensors file.
     """
     from qzo.journal import open_record, write_compact
 
     if out.suffix != ".safetensors":
         raise ConfigError(f"--out: expected a name that ends in .safetensors, got {out.name!r}")
+    if out.exists():
+        raise ConfigError(f"{out}: expected a new file, found one; choose another name")
     with _stdout_for(as_json) as print_json:
         record = open_record(Path(run))
         write_compact(record, out)

@@ -16,6 +16,7 @@ step of one direction. See ``write_compact``.
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -267,7 +268,9 @@ def write_compact(journal: Record, path: Path) -> None:
     rows = [[math.nan if d is None else d for d in step.derivatives] for step in steps]
     digests = [list(bytes.fromhex(mark.sha256)) for mark in marks]
     tensors = {
-        "derivatives": torch.tensor(rows, dtype=torch.float64).view(len(steps), -1),
+        "derivatives": torch.tensor(rows, dtype=torch.float64).view(
+            len(rows), len(rows[0]) if rows else 0
+        ),
         "learning_rates": torch.tensor([s.learning_rate for s in steps], dtype=torch.float64),
         "fingerprint_steps": torch.tensor([mark.step for mark in marks], dtype=torch.int64),
         "fingerprints": torch.tensor(digests, dtype=torch.uint8).view(len(marks), 32),
@@ -355,7 +358,11 @@ def _records(path: Path, lines: Sequence[bytes]) -> Iterator[Step | Fingerprint]
                 f"{path}: line {number}: expected step {expected}, got {value.get('step')!r}"
             )
         if "fingerprint" in value:
-            yield Fingerprint(expected, str(value["fingerprint"]))
+            if not _is_sha256(value["fingerprint"]):
+                raise CheckpointError(
+                    f"{path}: line {number}: expected a fingerprint of 64 hexadecimal digits"
+                )
+            yield Fingerprint(expected, value["fingerprint"])
         else:
             yield _step(path, number, value)
             expected += 1
@@ -379,6 +386,10 @@ def _step(path: Path, number: int, value: Mapping[str, Any]) -> Step:
     assert isinstance(derivatives, list)
     assert isinstance(learning_rate, int | float)
     return Step(int(value["step"]), tuple(losses), tuple(derivatives), learning_rate)
+
+
+def _is_sha256(value: object) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
 
 
 def _is_number(value: object) -> bool:

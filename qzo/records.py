@@ -8,12 +8,16 @@ import csv
 import io
 import json
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from qzo.errors import DataError
 
 Record: TypeAlias = dict[str, Any]
+
+_PARQUET_BYTES_MAX = 2**30
+_BATCH_ROWS = 1024
 
 
 class _PlainTab(csv.excel_tab):
@@ -188,14 +192,68 @@ def _read_parquet(path: Path) -> list[Record]:
     import pyarrow
     import pyarrow.parquet
 
+    records: list[Record] = []
     try:
-        rows: list[Record] = pyarrow.parquet.read_table(path).to_pylist()
+        with pyarrow.parquet.ParquetFile(path) as file:
+            _check_size(path, _least_bytes(file.metadata))
+            texts = _text_columns(file.metadata)
+        size = 0
+        # A dictionary stays one, so that a text which repeats takes its room once until counted.
+        with pyarrow.parquet.ParquetFile(path, read_dictionary=texts) as file:
+            for batch in file.iter_batches(_BATCH_ROWS):
+                size += sum(_decoded_bytes(column) for column in batch.columns)
+                _check_size(path, size)
+                records += batch.to_pylist()
     except (OSError, pyarrow.ArrowInvalid) as error:
         reason = str(error).partition("\n")[0]
         raise DataError(
             f"{path}: expected a Parquet file, got {reason!r}; write the file again"
         ) from error
-    return rows
+    return records
+
+
+def _check_size(path: Path, size: int) -> None:
+    """Stop before a small file of repeated values fills the memory.
+
+    Raises:
+        DataError: The values take too many bytes.
+    """
+    if size > _PARQUET_BYTES_MAX:
+        raise DataError(
+            f"{path}: expected values of at most {_PARQUET_BYTES_MAX} bytes, got more; keep fewer "
+            "rows, or write them as JSONL"
+        )
+
+
+def _column_chunks(metadata: Any) -> list[Any]:
+    places = product(range(metadata.num_row_groups), range(metadata.num_columns))
+    return [metadata.row_group(group).column(column) for group, column in places]
+
+
+def _least_bytes(metadata: Any) -> int:
+    """Return a lower bound of the bytes that the values take, by the footer of a file."""
+    return sum(max(c.total_uncompressed_size, c.num_values) for c in _column_chunks(metadata))
+
+
+def _text_columns(metadata: Any) -> list[str]:
+    chunks = _column_chunks(metadata)
+    return sorted({c.path_in_schema for c in chunks if c.physical_type == "BYTE_ARRAY"})
+
+
+def _decoded_bytes(array: Any) -> int:
+    """Return the bytes of the values of an Arrow array, each text as often as it occurs."""
+    import pyarrow
+    import pyarrow.compute
+
+    types = pyarrow.types
+    if types.is_dictionary(array.type):
+        lengths = pyarrow.compute.binary_length(array.dictionary).take(array.indices)
+        return 8 * len(array) + (pyarrow.compute.sum(lengths).as_py() or 0)
+    if types.is_list(array.type):
+        return 8 * len(array) + _decoded_bytes(array.flatten())
+    if types.is_struct(array.type):
+        return 8 * len(array) + sum(_decoded_bytes(part) for part in array.flatten())
+    return int(array.nbytes)
 
 
 READERS: dict[str, Callable[[Path], list[Record]]] = {

@@ -530,3 +530,21 @@ def test_bench_scaling_measures_runs_and_draws_them(
         (eight, 4, 1),
         (eight, 4, 2),
     ]
+
+
+def test_bench_replay_times_both_forms_of_a_journal(qzo: Run) -> None:
+    ran = qzo("bench", "replay", "--steps", "250", "--values", "2000", "--json")
+
+    assert ran.code == 0, ran.err
+    assert (ran.value["steps"], ran.value["values"]) == (250, 2000)
+    assert set(ran.value["seconds"]) == {"writing", "jsonl", "compact"}
+    size = ran.value["bytes"]
+    assert 0 < size["compact"] < size["jsonl"] < 250 * 150 + 20_000
+    assert size["compact"] < 250 * 16 + 3 * 40 + 20_000
+
+
+def test_bench_replay_prints_a_table(qzo: Run) -> None:
+    ran = qzo("bench", "replay", "--steps", "3", "--values", "1000")
+
+    assert ran.code == 0, ran.err
+    assert "compact" in ran.out

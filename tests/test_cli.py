@@ -208,6 +208,40 @@ def test_replay_writes_an_earlier_step(qzo: Run, place: Place, tmp_path: Path) -
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["step"] == 2
 
 
+def test_compact_writes_a_journal_that_can_be_replayed(
+    qzo: Run, place: Place, tmp_path: Path
+) -> None:
+    small = tmp_path / "small.safetensors"
+
+    ran = qzo("compact", place.run, "--out", small, "--json")
+
+    steps = len(json_lines(place.run / "journal.jsonl")) - 1
+    assert ran.value["bytes"] == small.stat().st_size
+    assert ran.value["steps"] <= steps
+    again = qzo("replay", small, "--out", tmp_path / "out", "--json").value
+    assert again["fingerprint"] == qzo("replay", place.run, "--json").value["fingerprint"]
+
+
+def test_compact_overwrites_nothing(qzo: Run, place: Place) -> None:
+    model = place.base / "model.safetensors"
+    before = model.read_bytes()
+
+    ran = qzo("compact", place.run, "--out", model)
+
+    want = f"qzo: {model}: expected a new file, found one; choose another name\n"
+    assert (ran.code, ran.err) == (1, want)
+    assert model.read_bytes() == before
+
+
+def test_compact_wants_the_suffix_that_replay_tells_the_form_by(
+    qzo: Run, place: Place, tmp_path: Path
+) -> None:
+    ran = qzo("compact", place.run, "--out", tmp_path / "small.bin")
+
+    want = "qzo: --out: expected a name that ends in .safetensors, got 'small.bin'\n"
+    assert (ran.code, ran.err) == (1, want)
+
+
 def test_export_writes_a_checkpoint_with_the_trained_loss(
     qzo: Run, place: Place, tmp_path: Path
 ) -> None:

@@ -22,6 +22,7 @@ from qzo.adapter import apply_adapter, open_adapter
 from qzo.checkpoint import open_checkpoint
 from qzo.errors import CheckpointError, ConfigError
 from qzo.inspect_checkpoint import inspect
+from qzo.journal import Journal, write_compact
 from qzo.trainer import Trainer
 
 SINGLE = "model.safetensors"
@@ -309,13 +310,31 @@ def test_the_result_names_what_was_written(tmp_path: Path) -> None:
     assert result.exported_loss == pytest.approx(result.trained_loss, abs=0.02)
 
 
-def test_a_bare_journal_is_exported_too(runs: Callable[[str], Run], tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["folder", "file", "compact"])
+def test_a_bare_journal_is_exported_too(
+    runs: Callable[[str], Run], tmp_path: Path, kind: str
+) -> None:
     run = runs("gptq-v1")
     (tmp_path / "run").mkdir()
-    shutil.copy(run.folder / "journal.jsonl", tmp_path / "run")
-    result = qzo.export(tmp_path / "run", tmp_path / "out")
+    journal = Path(shutil.copy(run.folder / "journal.jsonl", tmp_path / "run"))
+    small = tmp_path / "small.safetensors"
+    write_compact(Journal.open(journal), small)
+    given = {"folder": journal.parent, "file": journal, "compact": small}[kind]
+
+    result = qzo.export(given, tmp_path / "out")
+
     assert result.trained_loss is None
     assert stored(tmp_path / "out") == stored(run.out)
+    assert names_of(tmp_path / "run") == {"journal.jsonl"}
+
+
+def test_a_run_whose_base_was_moved_is_exported(runs: Callable[[str], Run], tmp_path: Path) -> None:
+    run = copied(runs("gptq-v1"), tmp_path)
+    moved = run.base.rename(tmp_path / "moved")
+
+    qzo.export(run.folder, tmp_path / "again", base=str(moved))
+
+    assert stored(tmp_path / "again") == stored(runs("gptq-v1").out)
 
 
 def test_blocks_that_cross_rows_are_trained_and_exported(tmp_path: Path) -> None:

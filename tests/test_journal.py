@@ -6,11 +6,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from support.runs import json_lines
 
 from qzo.errors import CheckpointError
 from qzo.files import WriteError
-from qzo.journal import Fingerprint, Journal, Step, derivatives_of
+from qzo.journal import (
+    CompactJournal,
+    Fingerprint,
+    Journal,
+    Step,
+    derivatives_of,
+    open_record,
+    write_compact,
+)
 from qzo.probes import DirectionalDerivative, direction_seed
 
 HEADER: dict[str, Any] = {
@@ -32,7 +43,7 @@ def path(tmp_path: Path) -> Path:
     journal.begin()
     journal.append(0, [1.5, 0.1], [derivative(70.0)], 0.5)
     journal.append(1, [math.nan, 2.0], [derivative(math.nan)], 0.25)
-    journal.mark("f1")
+    journal.mark("f1" * 32)
     journal.append(2, [1.0, 1 / 3], [derivative(1 / 3)], 0.125)
     return journal.path
 
@@ -46,16 +57,122 @@ def test_a_journal_is_a_header_and_a_line_per_step(path: Path) -> None:
         {"format": "qzo-journal", "version": 1, **HEADER},
         {"step": 0, "losses": [1.5, 0.1], "derivatives": [70.0], "learning_rate": 0.5},
         {"step": 1, "losses": [None, 2.0], "derivatives": [None], "learning_rate": 0.25},
-        {"step": 2, "fingerprint": "f1"},
+        {"step": 2, "fingerprint": "f1" * 32},
         {"step": 2, "losses": [1.0, 1 / 3], "derivatives": [1 / 3], "learning_rate": 0.125},
     ]
+
+
+def test_derivatives_as_measured_are_kept_where_the_clip_changed_them(tmp_path: Path) -> None:
+    journal = Journal.create(tmp_path / "journal.jsonl", lambda: HEADER)
+
+    clipped = DirectionalDerivative(1, 100.0, 250.0)
+    journal.append(0, [3.5, 1.0, 1.0, 0.5], [clipped, derivative(5.0)], 0.5)
+
+    line = json_lines(journal.path)[1]
+    assert (line["derivatives"], line["raw"]) == ([100.0, 5.0], [250.0, 5.0])
+    assert next(Journal.open(journal.path).records()) == Step(
+        0, (3.5, 1.0, 1.0, 0.5), (100.0, 5.0), 0.5
+    )
+
+
+@pytest.mark.parametrize(("sync_steps", "num_synced"), [(1, 5), (2, 2), (100, 0)])
+def test_a_policy_says_how_often_a_step_is_forced_onto_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sync_steps: int, num_synced: int
+) -> None:
+    journal = Journal.create(tmp_path / "journal.jsonl", lambda: HEADER)
+    journal.sync_steps = sync_steps
+    journal.begin()
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", synced.append)
+
+    for step in range(5):
+        journal.append(step, [1.0, 2.0], [derivative(1.0)], 0.5)
+        assert Journal.open(journal.path).next_step == step + 1  # the system has it in any case
+
+    assert len(synced) == num_synced
+    journal.mark("f5")
+    assert len(synced) == num_synced + 1  # a fingerprint takes all before it along
+
+
+def marked(path: Path) -> Path:
+    """Write a journal with fingerprints as training writes them: sha256 in hexadecimal."""
+    journal = Journal.create(path, lambda: HEADER)
+    journal.mark("0a" * 32)
+    journal.append(0, [1.5, 0.1], [derivative(70.0), derivative(1 / 3)], 0.5)
+    journal.append(1, [math.nan, 2.0], [derivative(math.nan), derivative(-0.0)], 0.25)
+    journal.mark("b1" * 32)
+    return path
+
+
+def test_the_compact_form_holds_all_but_the_losses(tmp_path: Path) -> None:
+    journal = Journal.open(marked(tmp_path / "journal.jsonl"))
+
+    write_compact(journal, tmp_path / "small.safetensors")
+    compact = open_record(tmp_path / "small.safetensors")
+
+    assert isinstance(compact, CompactJournal)
+    assert (compact.header, compact.next_step) == (journal.header, 2)
+    assert list(compact.records()) == [
+        Fingerprint(0, "0a" * 32),
+        Step(0, (), (70.0, 1 / 3), 0.5),
+        Step(1, (), (None, -0.0), 0.25),
+        Fingerprint(2, "b1" * 32),
+    ]
+
+
+def test_the_compact_form_of_a_compact_form_is_the_same(tmp_path: Path) -> None:
+    first, second = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    write_compact(Journal.open(marked(tmp_path / "journal.jsonl")), first)
+
+    write_compact(open_record(first), second)
+
+    assert second.read_bytes() == first.read_bytes()
+
+
+def test_a_journal_without_steps_has_a_compact_form(tmp_path: Path) -> None:
+    journal = Journal.create(tmp_path / "journal.jsonl", lambda: HEADER)
+    journal.begin()
+
+    write_compact(journal, tmp_path / "empty.safetensors")
+
+    compact = open_record(tmp_path / "empty.safetensors")
+    assert (list(compact.records()), compact.next_step) == ([], 0)
+
+
+@pytest.mark.parametrize(
+    ("key", "tensor", "reason"),
+    [
+        ("derivatives", None, "derivatives: expected a tensor of torch.float64 with 2 dimensions, "
+            "got none"),
+        ("learning_rates", torch.zeros(2), "learning_rates: expected a tensor of torch.float64 "
+            "with 1 dimensions, got (torch.float32, (2,))"),
+        ("derivatives", torch.zeros(3, 1).double(), "expected tensors of as many steps, got "
+            "others"),
+        ("learning_rates", torch.full((2,), math.inf).double(), "learning_rates: expected finite "
+            "numbers"),
+    ],
+)  # fmt: skip
+def test_a_damaged_compact_form_names_the_tensor(
+    tmp_path: Path, key: str, tensor: torch.Tensor | None, reason: str
+) -> None:
+    path = tmp_path / "small.safetensors"
+    write_compact(Journal.open(marked(tmp_path / "journal.jsonl")), path)
+    with safe_open(path, "pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
+    tensors.pop(key)
+    if tensor is not None:
+        tensors[key] = tensor
+    save_file(tensors, path, metadata)
+
+    with refusal(path, reason):
+        open_record(path)
 
 
 def test_records_are_read_back_exactly(path: Path) -> None:
     assert list(Journal.open(path).records()) == [
         Step(0, (1.5, 0.1), (70.0,), 0.5),
         Step(1, (None, 2.0), (None,), 0.25),
-        Fingerprint(2, "f1"),
+        Fingerprint(2, "f1" * 32),
         Step(2, (1.0, 1 / 3), (1 / 3,), 0.125),
     ]
 
@@ -80,9 +197,9 @@ def test_a_step_out_of_order_is_a_mistake_of_ours(path: Path) -> None:
 def test_a_fingerprint_is_written_once_for_each_step(path: Path) -> None:
     journal = Journal.open(path)
 
-    journal.mark("f3")
-    journal.mark("f3")
-    Journal.open(path).mark("f3")
+    journal.mark("f3" * 32)
+    journal.mark("f3" * 32)
+    Journal.open(path).mark("f3" * 32)
 
     assert sum("fingerprint" in line for line in json_lines(path)) == 2
 
@@ -132,6 +249,7 @@ ILL = "expected losses, derivatives and a learning_rate, got something else"
         (3, "[1]", "expected a JSON object"),
         (3, json.dumps({**STEP, "step": 2}), "expected step 1, got 2"),
         (3, json.dumps({**STEP, "step": 0}), "expected step 1, got 0"),
+        (4, '{"step":2,"fingerprint":"f1"}', "expected a fingerprint of 64 hexadecimal digits"),
         (4, '{"fingerprint":"f1"}', "expected step 2, got None"),
         (2, json.dumps({**STEP, "derivatives": None}), ILL),
         (2, json.dumps({**STEP, "derivatives": ["1"]}), ILL),

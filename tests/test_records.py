@@ -1,9 +1,13 @@
+import multiprocessing
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
+from support.forked import read_bomb
 
 from qzo.errors import DataError
 from qzo.records import READERS, read_hub, read_json, read_records
@@ -17,9 +21,6 @@ def write(path: Path, content: str) -> Path:
 
 
 def write_parquet(path: Path) -> Path:
-    import pyarrow
-    import pyarrow.parquet
-
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
     return path
 
@@ -208,6 +209,46 @@ def test_read_records_refuses_a_damaged_parquet_file(tmp_path: Path) -> None:
     start = re.escape(f"{path}: expected a Parquet file, got ")
     with pytest.raises(DataError, match=f"^{start}.*; write the file again$"):  # pyarrow's words
         read_records(path)
+
+
+def parquet_bomb(path: Path, kind: str) -> None:
+    """Write a small file whose values take hundreds of MiB."""
+    one = pyarrow.array(["ab" * 512])
+    texts = pyarrow.DictionaryArray.from_arrays([0] * 300_000, one)
+    column: Any = {
+        "one text in many rows": lambda: texts,
+        "one text in a list": lambda: pyarrow.ListArray.from_arrays([0, 300_000], texts),
+        "one long text": lambda: pyarrow.array(["a" * 300_000_000]),
+        "many numbers": lambda: pyarrow.array(bytes(300_000_000), pyarrow.uint8()),
+    }[kind]()
+    table = pyarrow.table({"prompt": column})
+    pyarrow.parquet.write_table(table, path, compression="zstd", row_group_size=10**9)
+    assert path.stat().st_size < 2**20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "kind", ["one text in many rows", "one text in a list", "one long text", "many numbers"]
+)
+def test_read_records_refuses_parquet_that_unpacks_to_far_more(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "bomb.parquet"
+    parquet_bomb(path, kind)
+
+    with multiprocessing.get_context("forkserver").Pool(1) as pool:
+        message, growth = pool.apply(read_bomb, (path, 100_000_000))
+
+    assert message == (
+        f"{path}: expected values of at most 100000000 bytes, got more; keep fewer rows, or write "
+        "them as JSONL"
+    )
+    assert growth < 150_000_000
+
+
+def test_read_records_keeps_texts_that_repeat(tmp_path: Path) -> None:
+    rows = [{"messages": [{"role": "user", "content": "a"}] * (i % 3), "n": i} for i in range(3000)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+
+    assert read_records(tmp_path / "a.parquet") == rows
 
 
 def test_read_json_gives_any_value(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -12,10 +12,11 @@ from support.runs import ESTIMATORS, change_tensor, json_lines, tiny_checkpoint,
 import qzo
 from qzo import trainer as trainer_module
 from qzo.checkpoint import open_checkpoint
-from qzo.errors import CheckpointError
-from qzo.journal import Journal
+from qzo.errors import CheckpointError, ConfigError
+from qzo.journal import Journal, write_compact
+from qzo.optimizers import OPTIMIZERS
 from qzo.replay import apply_journal, optimizer_of
-from qzo.scales import Scales
+from qzo.scales import Coordinates, Scales
 
 STEPS = 6
 
@@ -80,8 +81,10 @@ def rebuilt(run: Run, *, to_step: int | None = None) -> torch.Tensor:
     return scales.values
 
 
-def test_all_coordinates_are_under_test() -> None:
-    assert len(ESTIMATORS) == 3
+def test_all_coordinates_and_optimizers_are_under_test() -> None:
+    zo = ESTIMATORS.values()
+    assert {z.get("coordinates", "row") for z in zo} == set(get_args(Coordinates))
+    assert {z.get("optimizer", "sgd") for z in zo} == set(OPTIMIZERS)
 
 
 def test_the_journal_gives_bitwise_the_trained_scales(run: Run) -> None:
@@ -105,6 +108,45 @@ def test_a_bare_journal_is_an_adapter(run: Run, tmp_path: Path) -> None:
     written = (tmp_path / "bare" / "adapter_model.safetensors").read_bytes()
     assert written == (run.folder / "adapter_model.safetensors").read_bytes()
     assert qzo.replay(tmp_path / "bare").adapter == "equal"
+
+
+@pytest.mark.parametrize("to_step", [None, 3])
+def test_a_compact_journal_is_an_adapter(run: Run, tmp_path: Path, to_step: int | None) -> None:
+    compact = tmp_path / "run.safetensors"
+    write_compact(Journal.open(run.journal), compact)
+
+    result = qzo.replay(compact, to_step=to_step, out=tmp_path / "a")
+
+    assert (result.steps, result.adapter) == (to_step or STEPS, "written")
+    assert result.num_fingerprints == (1 if to_step else 3)
+    want = qzo.replay(run.folder, to_step=to_step, out=tmp_path / "b")
+    assert result == want
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_a_folder_may_hold_the_compact_journal_alone(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "bare").mkdir()
+    write_compact(Journal.open(run.journal), tmp_path / "bare" / "journal.safetensors")
+
+    assert qzo.replay(tmp_path / "bare").adapter == "written"
+
+    written = (tmp_path / "bare" / "adapter_model.safetensors").read_bytes()
+    assert written == (run.folder / "adapter_model.safetensors").read_bytes()
+
+
+def test_a_journal_that_is_a_file_needs_a_folder_for_the_adapter(run: Run) -> None:
+    reason = f"{run.journal}: name a folder for the adapter with --out"
+    with pytest.raises(ConfigError, match=f"^{re.escape(reason)}$"):
+        qzo.replay(run.journal)
+
+
+def test_a_base_that_was_moved_can_be_named(run: Run, tmp_path: Path) -> None:
+    moved = run.base.rename(tmp_path / "elsewhere")
+    with refusal(f"{run.base}: expected a folder or a hub id, found neither"):
+        qzo.replay(run.folder)
+
+    assert qzo.replay(run.folder, base=str(moved)).adapter == "equal"
 
 
 def test_a_replay_writes_an_earlier_step_into_a_folder_of_its_own(run: Run, tmp_path: Path) -> None:

@@ -399,6 +399,18 @@ def test_another_base_cannot_continue_a_run(
         tiny_trainer(other, tmp_path / "run", resume_from_checkpoint=True).train()
 
 
+def test_other_data_cannot_continue_a_run(base: Path, tmp_path: Path) -> None:
+    tiny_trainer(base, tmp_path / "run").train()
+    other = [{**RECORDS[0], "prompt": "another film."}, *RECORDS[1:]]
+
+    with pytest.raises(
+        CheckpointError,
+        match=r"^data: the digest of the training examples differs from that of the run that is to "
+        "be continued$",
+    ):
+        tiny_trainer(base, tmp_path / "run", train=other, resume_from_checkpoint=True).train()
+
+
 def test_a_folder_that_is_not_empty_is_refused(base: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes.txt").write_text("mine")

@@ -1,6 +1,7 @@
 """What a process does that a test starts and may kill: a module of its own, to be imported."""
 
 import os
+import resource
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,3 +17,19 @@ def train(values: dict[str, Any], errors: str) -> None:
     path.write_text("".join(f"{key}: {value}\n" for key, value in values.items()))
     sys.argv = ["qzo", "train", str(path), "--json"]
     cli.main()
+
+
+def read_bomb(path: Path, limit: int) -> tuple[str, int]:
+    """Return the refusal of a data file, and the bytes by which reading raised the peak."""
+    import pyarrow.parquet  # noqa: F401  # before the measurement
+
+    from qzo import records
+    from qzo.errors import DataError
+
+    records._PARQUET_BYTES_MAX = limit
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    try:
+        records.read_records(path)
+    except DataError as error:
+        return str(error), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    return "it was read", 0

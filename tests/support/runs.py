@@ -42,8 +42,9 @@ ESTIMATORS: dict[str, dict[str, Any]] = {
         **{"estimator": "spsa", "coordinates": "absolute", "direction": "gaussian"},
         **{"epsilon": 1e-3, "max_loss_difference": 0.01},
     },
+    "momentum": {"optimizer": "momentum", "momentum": 0.5},
 }
-"""A ``zo`` block for every kind of coordinates."""
+"""A ``zo`` block for every kind of coordinates, and for every optimizer with a state."""
 
 
 def write_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
