@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     parser.add_argument("--delay-ms", type=float, default=50, help="of every packet, either way")
     parser.add_argument("--steps", type=int, default=60)
-    given = parser.parse_args()
+    given = parser.parse_intermixed_args()
     with tempfile.TemporaryDirectory() as folder:
         keys = [f"max_steps={given.steps}", *given.overrides]
         alone, together = Path(folder, "alone"), Path(folder, "together")
