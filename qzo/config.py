@@ -62,14 +62,19 @@ class ZOConfig(BaseModel):
     num_blocks: Int | None = Field(default=None, ge=1)  # train the last so many decoder blocks
     normalize: bool = True  # per_example: derivatives of a step have a root mean square of 1
     max_loss_difference: Float | None = Field(default=None, gt=0)
-    optimizer: Literal["sgd", "momentum"] = "sgd"
+    optimizer: Literal["sgd", "sign", "momentum", "adam"] = "sgd"
     momentum: Float = Field(default=0.9, ge=0, lt=1)
+    adam_beta1: Float = Field(default=0.9, ge=0, lt=1)
+    adam_beta2: Float = Field(default=0.999, ge=0, lt=1)
+    adam_epsilon: Float = Field(default=1e-8, gt=0, lt=1)
     max_skipped_steps: Int = Field(default=10, ge=1)
 
     @property
     def optimizer_settings(self) -> dict[str, float]:
         """The arguments of the optimizer."""
-        return {"momentum": self.momentum} if self.optimizer == "momentum" else {}
+        adam = ("adam_beta1", "adam_beta2", "adam_epsilon")
+        names = {"momentum": ("momentum",), "adam": adam}.get(self.optimizer, ())
+        return {name: getattr(self, name) for name in names}
 
 
 class Recipe(BaseModel):

@@ -293,7 +293,7 @@ def test_a_missing_config_is_named(tmp_path: Path) -> None:
     [
         ("[1]", "expected a JSON object, got list"),
         ("{", "expected JSON, got Expecting property name enclosed in double quotes.*"),
-        ("[" * 100000, "expected JSON, got (maximum recursion|Expecting value).*"),
+        ("[" * 100000, "expected JSON, got values nested too deeply"),
     ],
     ids=["list", "cut", "deep"],
 )

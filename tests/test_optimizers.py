@@ -1,3 +1,4 @@
+import math
 from typing import Any
 
 import pytest
@@ -5,7 +6,7 @@ import torch
 
 from qzo.directions import directions
 from qzo.errors import CheckpointError
-from qzo.optimizers import make_optimizer
+from qzo.optimizers import OPTIMIZERS, make_optimizer
 from qzo.probes import DirectionalDerivative
 from qzo.scales import Scales
 
@@ -18,23 +19,35 @@ def new_scales() -> Scales:
 
 
 def derivatives_of(step: int) -> list[DirectionalDerivative]:
-    values = [(-1) ** step * 1.5, 0.25 * step]
+    values = [(-1) ** step * 1.5, 0.25 * step + 0.1]
     return [DirectionalDerivative(10 * step + i, d, d) for i, d in enumerate(values)]
 
 
+def reference_of(name: str, values: torch.nn.Parameter) -> torch.optim.Optimizer:
+    if name == "adam":
+        return torch.optim.Adam([values], betas=(0.9, 0.999), eps=1e-8)
+    return torch.optim.SGD([values], momentum=0.9 if name == "momentum" else 0.0)
+
+
 @pytest.mark.parametrize(
-    ("name", "settings"), [("sgd", {}), ("momentum", {"momentum": 0.9}), ("momentum", {})]
+    ("name", "settings"),
+    [
+        *(("sgd", {}), ("sign", {})),
+        *(("momentum", {"momentum": 0.9}), ("momentum", {})),
+        *(("adam", {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8}), ("adam", {})),
+    ],
 )
 def test_an_optimizer_steps_as_that_of_torch_does(name: str, settings: dict[str, Any]) -> None:
     scales, optimizer = new_scales(), make_optimizer(name, settings)
     values = torch.nn.Parameter(scales.values.clone())
-    reference = torch.optim.SGD([values], momentum=0.9 if name == "momentum" else 0.0)
+    reference = reference_of(name, values)
 
     for step, rate in enumerate(RATES):
         derivatives = derivatives_of(step)
         optimizer.step(scales, derivatives, rate)
         drawn = directions("gaussian", [d.seed for d in derivatives], 0, len(values))
-        values.grad = sum(d.value * z for d, z in zip(derivatives, drawn, strict=True)) / 2
+        sizes = [math.copysign(1, d.value) if name == "sign" else d.value for d in derivatives]
+        values.grad = sum(size * z for size, z in zip(sizes, drawn, strict=True)) / 2
         reference.param_groups[0]["lr"] = rate
         reference.step()
 
@@ -43,15 +56,32 @@ def test_an_optimizer_steps_as_that_of_torch_does(name: str, settings: dict[str,
     torch.testing.assert_close(scales.values, values.detach(), rtol=0, atol=1e-6)
 
 
-def test_a_restored_optimizer_goes_on_bitwise() -> None:
+@pytest.mark.parametrize(
+    ("name", "rate"), [("sgd", 0.005), ("sign", 0.004), ("momentum", 0.0005), ("adam", 0.01)]
+)
+def test_an_optimizer_descends_on_a_quadratic(name: str, rate: float) -> None:
+    scales, optimizer = new_scales(), make_optimizer(name, {})
+    target = torch.full_like(scales.values, 1.3)
+    before = float((scales.values - target).square().sum())
+
+    for seed in range(400):
+        z = directions("gaussian", [seed], 0, len(target))[0]
+        slope = float(z @ (scales.values - target))  # the exact directional derivative
+        optimizer.step(scales, [DirectionalDerivative(seed, slope, slope)], rate)
+
+    assert float((scales.values - target).square().sum()) < 0.5 * before
+
+
+@pytest.mark.parametrize("name", sorted(OPTIMIZERS))
+def test_a_restored_optimizer_goes_on_bitwise(name: str) -> None:
     straight, stopped = new_scales(), new_scales()
-    optimizer, first = (make_optimizer("momentum", {"momentum": 0.8}) for _ in range(2))
+    optimizer, first = make_optimizer(name, {}), make_optimizer(name, {})
     for step, rate in enumerate(RATES):
         optimizer.step(straight, derivatives_of(step), rate)
 
     for step, rate in enumerate(RATES[:2]):
         first.step(stopped, derivatives_of(step), rate)
-    second = make_optimizer("momentum", {"momentum": 0.8})
+    second = make_optimizer(name, {})
     second.restore({key: tensor.clone() for key, tensor in first.state().items()})
     for step, rate in enumerate(RATES[2:], start=2):
         second.step(stopped, derivatives_of(step), rate)
@@ -59,7 +89,7 @@ def test_a_restored_optimizer_goes_on_bitwise() -> None:
     assert torch.equal(stopped.values, straight.values)
 
 
-@pytest.mark.parametrize("name", ["sgd", "momentum"])
+@pytest.mark.parametrize("name", sorted(OPTIMIZERS))
 def test_a_step_without_a_finite_derivative_moves_nothing(name: str) -> None:
     scales, optimizer = new_scales(), make_optimizer(name, {})
     optimizer.step(scales, derivatives_of(0), 0.01)
@@ -75,9 +105,11 @@ def test_a_step_without_a_finite_derivative_moves_nothing(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "settings", "reason"),
     [
-        ("adam", {}, "optimizer: expected one of ['momentum', 'sgd'], got 'adam'"),
-        ("momentum", {"momentum": "a"}, "optimizer_settings: expected finite numbers, got "
-            "{'momentum': 'a'}"),
+        ("sgdm", {}, "optimizer: expected one of ['adam', 'momentum', 'sgd', 'sign'], got 'sgdm'"),
+        ("momentum", {"momentum": "a"}, "optimizer_settings: expected numbers from 0 to below 1, "
+            "got {'momentum': 'a'}"),
+        ("adam", {"adam_beta1": 1.0}, "optimizer_settings: expected numbers from 0 to below 1, got "
+            "{'adam_beta1': 1.0}"),
         ("sgd", {"momentum": 0.5}, "optimizer_settings: sgd: SGD() takes no arguments"),
     ],
 )  # fmt: skip

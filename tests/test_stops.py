@@ -110,7 +110,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", ["sgd", "momentum"])
+@pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adam"])
 def test_a_run_killed_at_random_moments_ends_like_one_that_was_not(
     tmp_path: Path, optimizer: str
 ) -> None:

@@ -43,6 +43,7 @@ ESTIMATORS: dict[str, dict[str, Any]] = {
         **{"epsilon": 1e-3, "max_loss_difference": 0.01},
     },
     "momentum": {"optimizer": "momentum", "momentum": 0.5},
+    "adam": {"optimizer": "adam", "adam_beta1": 0.5},
 }
 """A ``zo`` block for every kind of coordinates, and for every optimizer with a state."""
 
