@@ -6,6 +6,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from qzo.errors import CheckpointError
 from qzo.files import new_file, read_json, write_json
 from qzo.model import quant_linears
 from qzo.scales import Scales
-from qzo.tensor_files import TensorFiles, write_safetensors
+from qzo.tensor_files import TensorFiles, tensor_bytes, write_safetensors
 
 MODEL_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
@@ -178,7 +179,10 @@ def save_snapshot(folder: Path, snapshot: Snapshot) -> None:
     remembered = ((_OPTIMIZER_PREFIX + k, t.cpu()) for k, t in snapshot.optimizer.items())
     tensors = [("values", snapshot.values.cpu()), *remembered]
     write_safetensors(folder / _SNAPSHOT_NAME, tensors)
-    state = {"step": snapshot.step, "fingerprint": snapshot.fingerprint}
+    state = {
+        **{"step": snapshot.step, "fingerprint": snapshot.fingerprint},
+        "optimizer_sha256": _digest(snapshot.optimizer),
+    }
     write_json(folder / _STATE_NAME, state)
 
 
@@ -201,4 +205,17 @@ def read_snapshot(folder: Path) -> Snapshot:
         for key in tensors.files
         if key.startswith(_OPTIMIZER_PREFIX)
     }
+    if state.get("optimizer_sha256") != _digest(remembered):
+        raise CheckpointError(
+            f"{folder}: what the optimizer remembers was changed; remove the folder to replay from "
+            "an earlier one"
+        )
     return Snapshot(step, tensors["values"], remembered, fingerprint)
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """Return the sha256 of names and bytes; no fingerprint of the master covers them."""
+    digest = sha256()
+    for key in sorted(tensors):
+        digest.update(key.encode("utf-8") + b"\0" + tensor_bytes(tensors[key].cpu()))
+    return digest.hexdigest()

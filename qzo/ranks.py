@@ -93,6 +93,10 @@ class Ranks:
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
 
+    def begin(self) -> None:
+        """Forget what an earlier run was asked for."""
+        self.wish = self._own_wish = Wish.GO_ON
+
     def ask(self, wish: "Wish") -> None:
         """Let all processes know with the next ``share``; at once where there is only one."""
         self._own_wish = max(self._own_wish, wish)

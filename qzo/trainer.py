@@ -158,6 +158,7 @@ class Trainer:
         QZOError where the loss was not finite too many times in a row, a file could not be written,
         or another process of the run is gone. In each case the run can be continued.
         """
+        self._ranks.begin()
         lock = locked(self.folder) if self._ranks.is_first else nullcontext()
         with lock, stop_signals(lambda: self._ranks.ask(Wish.STOP)):
             return self._train()

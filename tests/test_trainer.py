@@ -1,6 +1,7 @@
 import json
 import math
 import re
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support.models import logits_of
 from support.runs import (
     COMPLETIONS,
@@ -28,7 +29,7 @@ from qzo import trainer as trainer_module
 from qzo.errors import CheckpointError, ConfigError, QZOError
 from qzo.evaluate import evaluate
 from qzo.scales import Scales
-from qzo.trainer import Trainer
+from qzo.trainer import StoppedError, Trainer
 
 EVALUATION = RECORDS[:4]
 STEPS = 6
@@ -440,6 +441,23 @@ def test_a_damaged_snapshot_is_noticed(base: Path, tmp_path: Path) -> None:
         tiny_trainer(base, tmp_path / "run", resume_from_checkpoint=True).train()
 
 
+@pytest.mark.parametrize("optimizer", ["momentum", "adam"])
+def test_a_damaged_state_of_the_optimizer_is_noticed(
+    base: Path, tmp_path: Path, optimizer: str
+) -> None:
+    keys: dict[str, Any] = {"zo": {"optimizer": optimizer}}
+    tiny_trainer(base, tmp_path / "run", **keys).train()
+    snapshot = tmp_path / "run" / "checkpoint-6"
+    tensors = load_file(snapshot / "scales.safetensors")
+    name = {"momentum": "optimizer.velocity", "adam": "optimizer.moments"}[optimizer]
+    tensors[name].view(-1)[0] += 1
+    save_file(tensors, snapshot / "scales.safetensors")
+
+    reason = f"{snapshot}: what the optimizer remembers was changed; remove the folder to replay "
+    with pytest.raises(CheckpointError, match=f"^{re.escape(reason)}from an earlier one$"):
+        tiny_trainer(base, tmp_path / "run", resume_from_checkpoint=True, **keys).train()
+
+
 def test_damaged_metrics_name_the_line(base: Path, tmp_path: Path) -> None:
     tiny_trainer(base, tmp_path / "run").train()
     path = tmp_path / "run" / "metrics.jsonl"
@@ -725,6 +743,30 @@ def test_a_callback_can_stop_the_run(base: Path, tmp_path: Path) -> None:
 def test_a_run_that_a_callback_stopped_can_be_continued(base: Path, tmp_path: Path) -> None:
     tiny_trainer(base, tmp_path / "run", callbacks=[Recorder(last=3)]).train()
     tiny_trainer(base, tmp_path / "run", resume_from_checkpoint=True).train()
+
+    tiny_trainer(base, tmp_path / "straight").train()
+    assert journal_steps(tmp_path / "run") == journal_steps(tmp_path / "straight")
+
+
+class Interrupt(TrainerCallback):
+    """Presses Ctrl-C once, in a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        """Send the signal to this process."""
+        if state.global_step == self.step:
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_a_trainer_that_was_asked_to_stop_can_train_on(base: Path, tmp_path: Path) -> None:
+    keys: dict[str, Any] = {"resume_from_checkpoint": True, "callbacks": [Interrupt(2)]}
+    trainer = tiny_trainer(base, tmp_path / "run", **keys)
+    with pytest.raises(StoppedError, match=r"^stopped by a signal after step 2 of 6; "):
+        trainer.train()
+
+    assert trainer.train().steps == STEPS
 
     tiny_trainer(base, tmp_path / "straight").train()
     assert journal_steps(tmp_path / "run") == journal_steps(tmp_path / "straight")
