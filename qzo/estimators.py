@@ -138,7 +138,10 @@ class PerExampleSPSA(SPSA):
         """Return one probe at ``+epsilon`` per example, then one at ``-epsilon`` per example."""
         shared = super().ask(step)
         half = len(shared) // 2
-        return [Probe(probe.seed, probe.offset, example=i % half) for i, probe in enumerate(shared)]
+        return [
+            Probe(probe.seed, probe.offset, examples=(i % half, i % half + 1))
+            for i, probe in enumerate(shared)
+        ]
 
 
 def check_positive(key: str, value: float) -> None:

@@ -95,8 +95,9 @@ class Objective:
         and they are added in the order of the micro-batches.
         """
         starts = [0, *accumulate(len(micro_batch) for micro_batch in batch)]
+        covered_by = [probe.examples or (0, starts[-1]) for probe in probes]
         places = [
-            [i for i, p in enumerate(probes) if p.example is None or start <= p.example < stop]
+            [i for i, (first, last) in enumerate(covered_by) if first < stop and start < last]
             for start, stop in pairwise(starts)
         ]
 
@@ -109,7 +110,7 @@ class Objective:
             for covered, result in zip(places, results, strict=True):
                 for place, total in zip(covered, result, strict=True):
                     totals[place] += total
-            counts = [starts[-1] if probe.example is None else 1 for probe in probes]
+            counts = [last - first for first, last in covered_by]
             return [total / count for total, count in zip(totals, counts, strict=True)]
 
         sizes = [len(covered) for covered in places]
@@ -120,7 +121,10 @@ class Objective:
     ) -> list[float]:
         """Return each probe's sum of losses over the examples of a micro-batch that it covers."""
         items = [
-            micro_batch if p.example is None else [micro_batch[p.example - start]] for p in probes
+            micro_batch
+            if probe.examples is None
+            else micro_batch[max(probe.examples[0] - start, 0) : probe.examples[1] - start]
+            for probe in probes
         ]
         losses = iter(self._item_losses(probes, items))
         return [sum(next(losses) for _ in examples) for examples in items]

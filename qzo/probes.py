@@ -1,7 +1,7 @@
 """Where the loss is evaluated, and what the losses say.
 
 A probe is the trained vector moved by ``offset`` along the direction of a seed. It covers the
-whole batch, or a single example of it when every example has its own direction.
+whole batch, or the examples of it that share a direction.
 """
 
 from dataclasses import dataclass
@@ -14,12 +14,17 @@ class Probe:
     Attributes:
         seed: Seed of the direction; see ``directions``.
         offset: How far along it, in units of the trained vector (``+epsilon`` or ``-epsilon``).
-        example: The example that it covers, counted over all micro-batches; None for all.
+        examples: The examples that it covers, from the first to before the second, counted over all
+            micro-batches; None for all.
+        basis: Seed of what the directions of several steps share (a mask, a subspace); 0 for none.
+        is_tangent: What is asked for is the slope of the loss along the direction, not the loss.
     """
 
     seed: int
     offset: float
-    example: int | None = None
+    examples: tuple[int, int] | None = None
+    basis: int = 0
+    is_tangent: bool = False
 
 
 @dataclass(frozen=True)
@@ -32,12 +37,17 @@ class DirectionalDerivative:
             finite.
         raw: As measured.
         is_clipped: The clip changed it.
+        curvature: Second derivative along the direction, in nats per squared unit, where the
+            estimator measures it.
+        basis: As in the probe.
     """
 
     seed: int
     value: float
     raw: float
     is_clipped: bool = False
+    curvature: float | None = None
+    basis: int = 0
 
 
 def direction_seed(run_seed: int, step: int, number: int) -> int:
@@ -52,3 +62,12 @@ def direction_seed(run_seed: int, step: int, number: int) -> int:
     mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & mask
     mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & mask
     return mixed ^ (mixed >> 31)
+
+
+# Numbers of directions are below it; the seed of a basis takes the last number of its first step.
+_BASIS_NUMBER = 2**24 - 1
+
+
+def basis_seed(run_seed: int, step: int, basis_steps: int) -> int:
+    """Return the seed of what the directions of ``basis_steps`` consecutive steps share."""
+    return direction_seed(run_seed, step // basis_steps, _BASIS_NUMBER)

@@ -67,7 +67,7 @@ def losses_at_file_scales(model: PreTrainedModel, examples: list[EncodedExample]
     objective = Objective(
         model, layers[0].live, scales, from_encoded(examples), batch_size=len(examples)
     )
-    probes = [Probe(7, 0.0, example=i) for i in range(len(examples))]
+    probes = [Probe(7, 0.0, examples=(i, i + 1)) for i in range(len(examples))]
     return objective.losses(probes, [examples])
 
 

@@ -59,13 +59,13 @@ def test_ask_returns_every_direction_at_plus_and_minus_epsilon(
 
 
 def test_spsa_probes_cover_the_whole_batch() -> None:
-    assert {probe.example for probe in SPSA(0.1, 0, num_directions=3).ask(0)} == {None}
+    assert {probe.examples for probe in SPSA(0.1, 0, num_directions=3).ask(0)} == {None}
 
 
 def test_per_example_probes_cover_one_example_each() -> None:
     probes = PerExampleSPSA(0.1, 0, num_directions=3).ask(0)
 
-    assert [probe.example for probe in probes] == [0, 1, 2, 0, 1, 2]
+    assert [probe.examples for probe in probes] == [(0, 1), (1, 2), (2, 3)] * 2
 
 
 def test_ask_is_a_function_of_the_step(make: type[SPSA]) -> None:

@@ -159,15 +159,15 @@ def test_a_probe_per_example_is_a_loop_over_the_examples(
     losses = made.losses(probes, batch)
 
     for probe, loss in zip(probes, losses, strict=True):
-        assert probe.example is not None
-        alone = made.losses([Probe(probe.seed, probe.offset)], [[examples[probe.example]]])
+        assert probe.examples is not None
+        alone = made.losses([Probe(probe.seed, probe.offset)], [[examples[probe.examples[0]]]])
         assert loss == pytest.approx(alone[0], abs=TOLERANCE)
 
 
 def test_losses_of_a_mixed_set_of_probes_keep_their_places(base: Path, tmp_path: Path) -> None:
     made = objective(base, tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=2)
     batch = made.batch(0)
-    one, every = Probe(3, 0.02, example=3), Probe(4, 0.02)
+    one, every = Probe(3, 0.02, examples=(3, 4)), Probe(4, 0.02)
 
     first, second = made.losses([one, every], batch)
 
