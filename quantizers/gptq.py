@@ -144,6 +144,14 @@ class GPTQWeight:
         """Scales of the file, a transposed view."""
         return self.file_scales.T
 
+    @property
+    def input_groups(self) -> Int[Tensor, " in"]:
+        """The group of every input."""
+        if self.group_index is not None:
+            return self.group_index
+        inputs = torch.arange(self.in_features, device=self.file_scales.device)
+        return inputs // (self.in_features // len(self.file_scales))
+
     def decode(self, rows: slice, buffer: Float[Tensor, " n"]) -> Float[Tensor, "rows in"]:
         """Return ``codes - zeros`` of some rows; see ``QuantizedWeight``."""
         words = self.qweight[:, rows]

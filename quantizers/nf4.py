@@ -21,7 +21,7 @@ from functools import cached_property, lru_cache
 from typing import Any, TypeGuard
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from quantizers.errors import FormatError
@@ -113,6 +113,11 @@ class NF4Weight:
     def scales(self) -> Float[Tensor, "out groups"]:
         """Scales of the file as ``(out, groups)``, or ``(1, blocks)`` where blocks cross rows."""
         return self.absmax.view(1 if self.blocks_cross_rows else self.out_features, -1)
+
+    @property
+    def input_groups(self) -> Int[Tensor, " in"]:
+        """The block of every input, where no block crosses rows."""
+        return torch.arange(self.in_features, device=self.absmax.device) // self.blocksize
 
     def decode(self, rows: slice, buffer: Float[Tensor, " n"]) -> Float[Tensor, "rows in"]:
         """Return ``codebook[codes]`` of some rows; see ``QuantizedWeight``."""

@@ -10,7 +10,7 @@ Shapes: ``out`` and ``in`` are the sizes of the linear layer, ``groups`` the sca
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
@@ -39,6 +39,11 @@ class QuantizedWeight(Protocol):
 
         So it is in bitsandbytes files with an input size that is no multiple of the block.
         """
+        ...
+
+    @property
+    def input_groups(self) -> Int[Tensor, " in"]:
+        """The group of every input, where no block crosses rows."""
         ...
 
     def decode(self, rows: slice, buffer: Float[Tensor, " n"]) -> Float[Tensor, "rows in"]:

@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
+from qzo.coordinates import BY_FACTORS, Coordinates
 from qzo.errors import ConfigError
 from qzo.memory import parse_memory
 
@@ -55,11 +56,12 @@ class ZOConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     estimator: Literal["spsa", "per_example"] = "per_example"
-    coordinates: Literal["absolute", "relative", "row"] = "row"
+    coordinates: Coordinates = "row"
     direction: Literal["rademacher", "gaussian"] = "rademacher"
     epsilon: Float = Field(default=1e-2, gt=0)
     num_directions: Int = Field(default=1, ge=1)
     num_blocks: Int | None = Field(default=None, ge=1)  # train the last so many decoder blocks
+    modules: list[str] | None = None  # train layers whose names hold one of these, such as k_proj
     normalize: bool = True  # per_example: derivatives of a step have a root mean square of 1
     max_loss_difference: Float | None = Field(default=None, gt=0)
     optimizer: Literal["sgd", "sign", "momentum", "adam"] = "sgd"
@@ -125,6 +127,8 @@ class Recipe(BaseModel):
 # per_example, normalised: recipes/LOG.md; absolute: the QZO paper; the others were not tuned.
 _LEARNING_RATES = {
     ("per_example", "row"): 5e-2,
+    ("per_example", "column"): 5e-2,
+    ("per_example", "rank_one"): 5e-2,
     ("spsa", "row"): 3e-3,
     ("spsa", "relative"): 1e-3,
     ("spsa", "absolute"): 1e-7,
@@ -249,10 +253,10 @@ def _nearest(key: str) -> str:
 def _check_together(values: Recipe) -> None:
     if values.memory_limit is not None:
         parse_memory(values.memory_limit, "memory_limit")
-    if values.zo.estimator == "per_example" and values.zo.coordinates != "row":
+    if values.zo.estimator == "per_example" and values.zo.coordinates not in BY_FACTORS:
         raise ConfigError(
             f"zo.estimator: expected 'spsa' in {values.zo.coordinates!r} coordinates, got "
-            "'per_example', which needs 'row'"
+            f"'per_example', which needs one of {', '.join(BY_FACTORS)}"
         )
     if values.zo.estimator == "per_example" and values.zo.num_directions != 1:
         raise ConfigError(

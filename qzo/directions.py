@@ -128,19 +128,14 @@ def _quantiles() -> Float[Tensor, " 65536"]:
 
 
 def combine(
-    name: DirectionName,
-    seeds: Sequence[int],
-    weights: Sequence[float],
-    start: int,
-    stop: int,
-    device: torch.device | str = "cpu",
+    z: Float[Tensor, "directions length"], weights: Sequence[float]
 ) -> Float[Tensor, " length"]:
-    """Return ``sum_i weights[i] * z(seeds[i])`` for elements ``start`` to ``stop``, in fp32.
+    """Return ``sum_i weights[i] * z[i]`` in fp32.
 
-    The sum runs in the order of the seeds, and product and sum are rounded apart, so that every
-    device gives the same bits.
+    The sum runs in the order of the directions, and product and sum are rounded apart, so that
+    every device gives the same bits.
     """
-    total = torch.zeros(stop - start, dtype=torch.float32, device=device)
-    for z, weight in zip(directions(name, seeds, start, stop, device), weights, strict=True):
-        total += z * weight
+    total = torch.zeros(z.shape[1], dtype=torch.float32, device=z.device)
+    for direction, weight in zip(z, weights, strict=True):
+        total += direction * weight
     return total

@@ -24,11 +24,11 @@ from typing import Any, Protocol, get_args, runtime_checkable
 
 import torch
 
+from qzo.coordinates import Coordinates
 from qzo.directions import DirectionName
 from qzo.errors import CheckpointError
 from qzo.files import WriteError, new_file, parse_json, write_bytes
 from qzo.probes import DirectionalDerivative, direction_seed
-from qzo.scales import Coordinates
 from qzo.tensor_files import TensorFiles, write_safetensors
 
 NAME = "journal.jsonl"

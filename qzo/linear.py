@@ -33,18 +33,28 @@ class ProbeScales:
 
 
 @dataclass(frozen=True)
-class RowMultipliers:
-    """Effective scales of one layer in row coordinates: those of the file times these factors."""
+class Multipliers:
+    """Effective scales of one layer as those of the file times factors.
 
-    multipliers: Float[Tensor, "probes out"]
+    With ``r`` of the output rows and ``c`` of the groups of inputs, ``y = r * ((c * x) W^T)``: one
+    product with the matrix of the file serves every probe.
+
+    Attributes:
+        rows: A factor per probe and output row, or None: all 1.
+        columns: A factor per probe and group of inputs, or None: all 1.
+    """
+
+    rows: Float[Tensor, "probes out"] | None = None
+    columns: Float[Tensor, "probes groups"] | None = None
 
     @property
     def num_probes(self) -> int:
         """Probes that the multipliers are for."""
-        return len(self.multipliers)
+        factors = self.rows if self.rows is not None else self.columns
+        return 0 if factors is None else len(factors)
 
 
-EffectiveScales = ProbeScales | RowMultipliers
+EffectiveScales = ProbeScales | Multipliers
 
 
 @dataclass
@@ -121,6 +131,9 @@ class QuantLinear(nn.Module):
         effective = self._effective()
         num_probes = 1 if effective is None else effective.num_probes
         bounds = self._bounds(len(x), num_probes)
+        if isinstance(effective, Multipliers) and effective.columns is not None:
+            x = x.clone()
+            _multiply(x, effective.columns[:, self.quantized.input_groups], bounds)
         if x.is_cuda:
             y = self._kernel_product(x, effective, bounds)
             if y is not None:
@@ -131,8 +144,8 @@ class QuantLinear(nn.Module):
                 self._scaled_product(x, rows, bounds, effective.scales, y)
                 continue
             self._file_product(x, rows, y)
-            if effective is not None:
-                _multiply(y[:, rows], effective.multipliers[:, rows], bounds)
+            if effective is not None and effective.rows is not None:
+                _multiply(y[:, rows], effective.rows[:, rows], bounds)
         return y
 
     def _kernel_product(
@@ -147,8 +160,8 @@ class QuantLinear(nn.Module):
         if isinstance(effective, ProbeScales):
             return cuda_product(self.quantized, x, bounds, effective.scales)
         y = cuda_product(self.quantized, x, (0, len(x)), [self.quantized.scales.float()])
-        if y is not None and effective is not None:
-            _multiply(y, effective.multipliers, bounds)
+        if y is not None and effective is not None and effective.rows is not None:
+            _multiply(y, effective.rows, bounds)
         return y
 
     def _effective(self) -> EffectiveScales | None:
@@ -206,10 +219,10 @@ class QuantLinear(nn.Module):
 
 
 def _multiply(
-    y: Float[Tensor, "tokens rows"],
-    multipliers: Float[Tensor, "probes rows"],
+    values: Float[Tensor, "tokens features"],
+    multipliers: Float[Tensor, "probes features"],
     bounds: Sequence[int],
 ) -> None:
-    """Multiply the outputs of each probe's tokens by its row multipliers, in place."""
-    for factors, (start, stop) in zip(multipliers.to(y.dtype), pairwise(bounds), strict=True):
-        y[start:stop] *= factors
+    """Multiply the tokens of each probe by its multipliers, in place."""
+    for factors, (start, stop) in zip(multipliers.to(values.dtype), pairwise(bounds), strict=True):
+        values[start:stop] *= factors

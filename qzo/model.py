@@ -123,18 +123,21 @@ def _num_quantized(module: nn.Module) -> int:
     return sum(isinstance(part, QuantLinear) for part in module.modules())
 
 
-def trained_layers(model: PreTrainedModel, num_blocks: int | None) -> list[QuantLinear]:
+def trained_layers(
+    model: PreTrainedModel, num_blocks: int | None, modules: Sequence[str] | None = None
+) -> list[QuantLinear]:
     """Choose the layers to train and let stacked forwards fork in front of the first of them.
 
     Args:
         model: Model with quantized layers; its fork is moved.
         num_blocks: Train the last so many decoder blocks, None for all; and a quantized head.
+        modules: Train only layers whose names hold one of these texts, None for all.
 
     Returns:
         The layers, in the order of the trained vector; all others see the scales of the file.
 
     Raises:
-        ConfigError: The model has fewer blocks.
+        ConfigError: The model has fewer blocks, or none of these layers.
     """
     layers, blocks = quant_linears(model), decoder_blocks(model)
     num_blocks = num_blocks or len(blocks)
@@ -146,7 +149,18 @@ def trained_layers(model: PreTrainedModel, num_blocks: int | None) -> list[Quant
         layer.index = -1
     layers[0].live.forked = blocks[-num_blocks:]
     behind = {part for block in blocks[-num_blocks:] for part in block.modules()}
-    return [layer for layer in layers if layer in behind or layer is model.get_output_embeddings()]
+    chosen = [
+        layer
+        for layer in layers
+        if layer in behind or layer is model.get_output_embeddings()
+        if modules is None or any(part in layer.name for part in modules)
+    ]
+    if not chosen:
+        raise ConfigError(
+            f"zo.modules: expected a part of a layer's name, such as {layers[-1].name!r}, got "
+            f"{modules}"
+        )
+    return chosen
 
 
 def _skeleton(folder: Path) -> PreTrainedModel:

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 
 import torch
 
+from qzo.coordinates import BY_FACTORS, num_values
 from qzo.footprint import (
     Quantization,
     codes_bytes,
@@ -68,7 +69,8 @@ class Workload:
         batch_size: Examples of a step.
         seq_len: Tokens an example, padding included.
         answer_len: Positions an example whose logits are needed.
-        coordinates: What is trained: ``row`` (a number an output row), ``relative`` or
+        coordinates: What is trained: ``row`` (a number an output row), ``column`` (a number a group
+            of inputs), ``rank_one`` (both), ``relative`` or
             ``absolute`` (a number a scale).
         num_probes: Forwards stacked on the batch.
         dtype: Type of activations and of the weights that are not quantized. float32 is the CPU
@@ -180,14 +182,19 @@ def _zeros(shapes: ModelShapes, quantization: Quantization, *, is_mapped: bool) 
 
 def num_trained(layers: Sequence[LinearShape], quantization: Quantization, coordinates: str) -> int:
     """Return the length of the trained vector."""
-    if coordinates == "row":
-        return sum(layer.out_features for layer in layers)
-    return sum(num_scales(layer, quantization) for layer in layers)
+    if coordinates not in BY_FACTORS:
+        return sum(num_scales(layer, quantization) for layer in layers)
+    groups = [num_scales(layer, quantization) // layer.out_features for layer in layers]
+    return sum(
+        num_values(coordinates, layer.out_features, count)
+        for layer, count in zip(layers, groups, strict=True)
+    )
 
 
 def _master(shapes: ModelShapes, quantization: Quantization, coordinates: str) -> Part:
     count = num_trained(shapes.linears, quantization, coordinates)
-    unit = "output rows" if coordinates == "row" else "scales"
+    units = {"row": "output rows", "column": "groups of inputs", "rank_one": "rows and groups"}
+    unit = units.get(coordinates, "scales")
     return Part("master", 4 * count, f"{count:,} {unit} x 4 bytes (the trained vector, fp32)")
 
 
@@ -223,7 +230,7 @@ def _tile(
     is_cpu = workload.device == "cpu"
     if is_cpu and quantization.format == "gptq" and quantization.bits in {2, 4}:
         size, words = size + quantization.bits / 8, f"{words} + {quantization.bits / 8} rearranged"
-    if workload.coordinates != "row" and workload.num_probes > 1:
+    if workload.coordinates not in BY_FACTORS and workload.num_probes > 1:
         size, words = size + 4, f"{words} + 4 times a probe's scales"
     if workload.dtype != "float32":
         size, words = size + 2, f"{words} + 2 in {workload.dtype}"
@@ -267,10 +274,10 @@ def _logits(workload: Workload, vocab_size: int, row_bytes: int) -> Part:
 def _directions(shapes: ModelShapes, quantization: Quantization, workload: Workload) -> Part:
     """Count the window of shifted vectors, and one layer's scales in fp32 for each probe.
 
-    In row coordinates every example has a direction of its own.
+    Where rows and columns are multiplied, every example has a direction of its own.
     """
-    is_row = workload.coordinates == "row"
-    probes = workload.num_rows if is_row else workload.num_probes
+    is_by_factors = workload.coordinates in BY_FACTORS
+    probes = workload.num_rows if is_by_factors else workload.num_probes
     trained = [
         num_trained((layer,), quantization, workload.coordinates) for layer in shapes.linears
     ]

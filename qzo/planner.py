@@ -9,9 +9,10 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from qzo.checkpoint import quantization_config
+from qzo.coordinates import BY_FACTORS, Coordinates, crossing_message
 from qzo.errors import ConfigError
 from qzo.files import read_json
 from qzo.footprint import (
@@ -127,9 +128,10 @@ def _check_workload(workload: Workload) -> None:
     for key in ("batch_size", "seq_len", "answer_len", "num_probes"):
         if getattr(workload, key) < 1:
             raise ConfigError(f"{key}: expected a number above 0, got {getattr(workload, key)}")
-    if workload.coordinates not in {"row", "relative", "absolute"}:
+    if workload.coordinates not in get_args(Coordinates):
         raise ConfigError(
-            f"coordinates: expected row, relative or absolute, got {workload.coordinates!r}"
+            f"coordinates: expected one of {', '.join(get_args(Coordinates))}, got "
+            f"{workload.coordinates!r}"
         )
     if workload.dtype not in DTYPES:
         raise ConfigError(f"dtype: expected one of {', '.join(DTYPES)}, got {workload.dtype!r}")
@@ -183,14 +185,11 @@ def _plan(
 
 
 def _check_rows(shapes: ModelShapes, quantization: Quantization, coordinates: str) -> None:
-    if quantization.format == "gptq" or coordinates != "row":
+    if quantization.format == "gptq" or coordinates not in BY_FACTORS:
         return
     for layer in shapes.linears:
         if layer.in_features % quantization.group_size:
-            raise ConfigError(
-                "coordinates: expected absolute or relative, got row: blocks of "
-                f"{layer.name} cross its rows, so a factor per row cannot be written back exactly"
-            )
+            raise ConfigError(crossing_message(coordinates, layer.name))
 
 
 def _largest_divisor(batch_size: int, fits: Callable[[int], bool]) -> int | None:

@@ -1,11 +1,6 @@
 """The trained vector: an fp32 master, and the effective scales that it gives at a probe.
 
-Coordinates say how the trained vector ``v`` becomes the effective scales of a layer with file
-scales ``D`` (Delta in the QZO paper):
-
-- ``absolute``: ``v`` (starts at ``D``; the QZO paper),
-- ``relative``: ``D * v`` (starts at 1, one element per scale),
-- ``row``: ``D * v[:, None]`` (starts at 1, one element per output row).
+``coordinates`` says how the trained vector ``v`` becomes the effective scales of a layer.
 
 A probe evaluates at ``v + offset * z(seed)``. That sum is made for the layer at hand and thrown
 away: the master is never perturbed, so nothing has to be restored.
@@ -15,20 +10,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
 from itertools import accumulate
-from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from qzo.checkpoint import Checkpoint
+from qzo.coordinates import BY_FACTORS, Coordinates, crossing_message, num_values
 from qzo.directions import DirectionName, combine, directions
 from qzo.errors import CheckpointError, ConfigError
-from qzo.linear import EffectiveScales, Live, ProbeScales, QuantLinear, RowMultipliers
+from qzo.linear import EffectiveScales, Live, Multipliers, ProbeScales, QuantLinear
 from qzo.probes import DirectionalDerivative, Probe
 from qzo.tensor_files import tensor_bytes
-
-Coordinates = Literal["absolute", "relative", "row"]
 
 # Elements of a direction, and of a shifted vector per probe, that exist at one time; more where one
 # layer has more. Small parts would cost more in calls than in numbers.
@@ -46,6 +39,8 @@ class Scales:
 
     Attributes:
         values: The fp32 master.
+        stretch: What every direction is multiplied by, or None: 1. A step along stretched
+            directions is a step of gradient descent with ``stretch**2`` as its preconditioner.
 
     Raises:
         ConfigError: Row coordinates on a layer whose blocks cross rows.
@@ -63,10 +58,10 @@ class Scales:
         self.coordinates = coordinates
         self.direction: DirectionName = direction
         self._file_scales = list(file_scales)
-        sizes = [len(s) if coordinates == "row" else s.numel() for s in file_scales]
-        self._bounds = [0, *accumulate(sizes)]
+        self._bounds = [0, *accumulate(num_values(coordinates, *s.shape) for s in file_scales)]
         device = file_scales[0].device
         self.values = torch.empty(self._bounds[-1], dtype=torch.float32, device=device)
+        self.stretch: Float[Tensor, " size"] | None = None
         self._window: tuple[Sequence[Probe], int, int, Tensor] | None = None
         self.reset()
 
@@ -81,7 +76,7 @@ class Scales:
     ) -> "Scales":
         """Read the scales of some layers of a checkpoint, without a model."""
         weights = [checkpoint.weight(layer) for layer in names]
-        _check_rows(names, [w.blocks_cross_rows for w in weights], coordinates)
+        _check_factors(names, [w.blocks_cross_rows for w in weights], coordinates)
         return cls(
             names,
             [weight.scales for weight in weights],
@@ -100,7 +95,7 @@ class Scales:
         """Take over the scales of a model's layers and number the layers."""
         names = [layer.name for layer in layers]
         weights = [layer.quantized for layer in layers]
-        _check_rows(names, [w.blocks_cross_rows for w in weights], coordinates)
+        _check_factors(names, [w.blocks_cross_rows for w in weights], coordinates)
         for index, layer in enumerate(layers):
             layer.index = index
         return cls(
@@ -128,8 +123,8 @@ class Scales:
     def effective(self, layer: int, probes: Sequence[Probe]) -> EffectiveScales:
         """Return the effective scales of one layer at every probe."""
         shifted = self._shifted_values(layer, probes)
-        if self.coordinates == "row":
-            return RowMultipliers(shifted)
+        if self.coordinates in BY_FACTORS:
+            return Multipliers(*self._factors(layer, shifted))
         stored = self._file_scales[layer].float()
         by_group = [values.view(stored.shape) for values in shifted]
         if self.coordinates == "relative":
@@ -140,10 +135,23 @@ class Scales:
         """Return the effective scales of one layer at the master, in fp32."""
         stored = self._file_scales[layer].float()
         values = self.values[self._bounds[layer] : self._bounds[layer + 1]]
-        if self.coordinates == "row":
-            return stored * values[:, None]
+        if self.coordinates in BY_FACTORS:
+            rows, columns = self._factors(layer, values[None])
+            stored = stored if rows is None else stored * rows.T
+            return stored if columns is None else stored * columns
         by_group = values.view(stored.shape)
         return stored * by_group if self.coordinates == "relative" else by_group.clone()
+
+    def _factors(
+        self, layer: int, values: Float[Tensor, "probes length"]
+    ) -> tuple[Float[Tensor, "probes out"] | None, Float[Tensor, "probes groups"] | None]:
+        """Return the factors of rows and of columns that values of one layer stand for."""
+        if self.coordinates == "row":
+            return values, None
+        if self.coordinates == "column":
+            return None, values
+        out_features = len(self._file_scales[layer])
+        return values[:, :out_features], values[:, out_features:]
 
     def chunks(self) -> Iterator[tuple[int, int]]:
         """Yield the bounds of consecutive parts of the vector."""
@@ -154,9 +162,16 @@ class Scales:
         self, derivatives: Sequence[DirectionalDerivative], start: int, stop: int
     ) -> Float[Tensor, " length"]:
         """Return elements of the gradient estimate ``mean_i d_i z_i`` (QZO, eq. 4)."""
-        seeds = [derivative.seed for derivative in derivatives]
         weights = [derivative.value / len(derivatives) for derivative in derivatives]
-        return combine(self.direction, seeds, weights, start, stop, self.values.device)
+        return combine(self.draw(derivatives, start, stop), weights)
+
+    def draw(
+        self, keys: Sequence[Probe] | Sequence[DirectionalDerivative], start: int, stop: int
+    ) -> Float[Tensor, "keys length"]:
+        """Return elements of one direction per key, as probes move along it."""
+        seeds = [key.seed for key in keys]
+        z = directions(self.direction, seeds, start, stop, self.values.device)
+        return z if self.stretch is None else z * self.stretch[start:stop]
 
     def move(self, start: int, stop: int, change: Float[Tensor, " length"]) -> None:
         """Add to a part of the master; no value goes below 0 (QZO, algorithm 1)."""
@@ -209,11 +224,11 @@ class Scales:
         self, probes: Sequence[Probe], start: int, stop: int
     ) -> Float[Tensor, "probes length"]:
         master = self.values[start:stop]
-        seeds = list(dict.fromkeys(probe.seed for probe in probes if probe.offset))
-        if not seeds:
+        moved = list({probe.seed: probe for probe in probes if probe.offset}.values())
+        if not moved:
             return master.expand(len(probes), -1)
-        z = directions(self.direction, seeds, start, stop, self.values.device)
-        place = {seed: row for row, seed in enumerate(seeds)}
+        z = self.draw(moved, start, stop)
+        place = {probe.seed: row for row, probe in enumerate(moved)}
         shifted = master.repeat(len(probes), 1)
         for row, probe in zip(shifted, probes, strict=True):
             if probe.offset:
@@ -221,12 +236,9 @@ class Scales:
         return shifted
 
 
-def _check_rows(names: Sequence[str], crossing: Sequence[bool], coordinates: str) -> None:
-    if coordinates != "row":
+def _check_factors(names: Sequence[str], crossing: Sequence[bool], coordinates: str) -> None:
+    if coordinates not in BY_FACTORS:
         return
     for name, blocks_cross_rows in zip(names, crossing, strict=True):
         if blocks_cross_rows:
-            raise ConfigError(
-                f"zo.coordinates: expected 'absolute' or 'relative', got 'row': blocks of {name} "
-                "cross its rows, so a factor per row cannot be written back exactly"
-            )
+            raise ConfigError("zo." + crossing_message(coordinates, name))

@@ -126,7 +126,7 @@ class Trainer:
         self.model, self.config, self.tokenizer = model.eval(), config, tokenizer
         self._ranks = ranks or Ranks.join(model.device)
         self.folder = Path(config.output_dir)
-        layers = trained_layers(model, config.zo.num_blocks)
+        layers = trained_layers(model, config.zo.num_blocks, config.zo.modules)
         self._live: Live = layers[0].live
         self.scales = Scales.of_layers(
             layers, coordinates=config.zo.coordinates, direction=config.zo.direction

@@ -179,12 +179,12 @@ def test_a_recipe_needs_no_data_where_the_trainer_is_given_examples() -> None:
         ({"zo": None}, "zo: expected keys and values, got NoneType"),
         ({"zo": {"epsilon": -1}}, "zo.epsilon: expected a number greater than 0, got -1"),
         ({"zo": {"epsilon": "nan"}}, "zo.epsilon: expected a finite number, got 'nan'"),
-        ({"zo": {"coordinates": "rows"}}, "zo.coordinates: expected 'absolute', 'relative' or "
-            "'row', got 'rows'"),
+        ({"zo": {"coordinates": "rows"}}, "zo.coordinates: expected 'absolute', 'relative', "
+            "'row', 'column' or 'rank_one', got 'rows'"),
         ({"zo": {"max_loss_difference": 0}}, "zo.max_loss_difference: expected a number greater "
             "than 0, got 0"),
         ({"zo": {"coordinates": "relative"}}, "zo.estimator: expected 'spsa' in 'relative' "
-            "coordinates, got 'per_example', which needs 'row'"),
+            "coordinates, got 'per_example', which needs one of row, column, rank_one"),
         ({"zo": {"num_directions": 2}}, "zo.num_directions: expected 1 with 'per_example', which "
             "has one direction per example, got 2"),
     ],

@@ -20,7 +20,7 @@ from quantizers.gptq import GPTQWeight
 from quantizers.nf4 import NF4Weight
 from quantizers.weight import QuantizedWeight, dequantize
 from qzo.cuda_product import cuda_product
-from qzo.linear import EffectiveScales, Live, ProbeScales, QuantLinear, RowMultipliers
+from qzo.linear import EffectiveScales, Live, Multipliers, ProbeScales, QuantLinear
 
 IN, OUT = 96, 160
 
@@ -180,7 +180,7 @@ every_build = pytest.mark.parametrize("weight", BUILDS.values(), ids=BUILDS)
 
 def effective_scales(kind: str, scales: Sequence[Tensor], multipliers: Tensor) -> EffectiveScales:
     if kind == "multipliers":
-        return RowMultipliers(multipliers)
+        return Multipliers(multipliers)
     return ProbeScales(scales if kind == "probes" else scales[:1])
 
 

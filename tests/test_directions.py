@@ -201,7 +201,7 @@ def test_combine_is_bitwise_a_sum_in_the_order_of_the_seeds(name: DirectionName)
     weights = [0.1, -2.7e-3, 1 / 3, 1e4]
     start, stop = 33, 290
 
-    got = combine(name, SEEDS, weights, start, stop)
+    got = combine(directions(name, SEEDS, start, stop), weights)
 
     z = directions(name, SEEDS, start, stop).numpy()
     for place in range(stop - start):
@@ -213,4 +213,4 @@ def test_combine_is_bitwise_a_sum_in_the_order_of_the_seeds(name: DirectionName)
 
 def test_combine_wants_a_weight_for_every_seed() -> None:
     with pytest.raises(ValueError, match=r"^zip\(\) argument 2 is shorter than argument 1$"):
-        combine("rademacher", [1, 2], [1.0], 0, 5)
+        combine(directions("rademacher", [1, 2], 0, 5), [1.0])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from quantizers import gptq, nf4
 from qzo import linear
 from qzo.errors import CheckpointError
-from qzo.linear import EffectiveScales, Live, ProbeScales, QuantLinear, RowMultipliers
+from qzo.linear import EffectiveScales, Live, Multipliers, ProbeScales, QuantLinear
 
 IN, OUT = 96, 160
 
@@ -185,7 +185,7 @@ def test_row_multipliers_multiply_outputs_before_the_bias(
     layer, dense = build(bias)
     scales, multipliers = layer.quantized.scales.float(), 1 + 0.2 * normal(2, OUT, seed=4)
     x = normal(15, IN)
-    see(layer, RowMultipliers(multipliers), (0, 6, 15))
+    see(layer, Multipliers(multipliers), (0, 6, 15))
     got = layer(x)
     for probe, (start, stop) in enumerate(((0, 6), (6, 15))):
         want = product(x[start:stop], dense(scales)) * multipliers[probe] + bias
@@ -193,11 +193,28 @@ def test_row_multipliers_multiply_outputs_before_the_bias(
 
 
 @row_builds
+def test_column_multipliers_equal_scales_multiplied_by_group(build: Build) -> None:
+    layer, dense = build(normal(OUT, seed=3))
+    scales = layer.quantized.scales.float()
+    columns = 1 + 0.2 * normal(2, scales.shape[1], seed=4)
+    rows = 1 + 0.2 * normal(2, OUT, seed=5)
+    x = normal(9, IN)
+
+    for of_rows in (None, rows):
+        see(layer, Multipliers(of_rows, columns), (0, 6, 9))
+        for probe, (start, stop) in enumerate(((0, 6), (6, 9))):
+            factors = columns[probe] if of_rows is None else rows[probe][:, None] * columns[probe]
+            want = product(x[start:stop], dense(scales * factors)) + normal(OUT, seed=3)
+            # fp32 sums in another order
+            torch.testing.assert_close(layer(x)[start:stop], want, rtol=1e-4, atol=1e-4)
+
+
+@row_builds
 def test_row_multipliers_equal_scales_multiplied_by_row(build: Build) -> None:
     layer, dense = build(None)
     scales, multipliers = layer.quantized.scales.float(), 1 + 0.2 * normal(1, OUT, seed=4)
     x = normal(2, 3, IN)
-    see(layer, RowMultipliers(multipliers), (0, 6))
+    see(layer, Multipliers(multipliers), (0, 6))
     want = product(x, dense(scales * multipliers[0][:, None]))
     assert relative_error(layer(x), want) < TOLERANCE
 

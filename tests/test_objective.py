@@ -14,6 +14,7 @@ from support.runs import (
 )
 from transformers import PreTrainedModel
 
+from qzo.coordinates import Coordinates
 from qzo.directions import directions
 from qzo.encoding import EncodedExample
 from qzo.errors import ConfigError, DataError
@@ -21,7 +22,7 @@ from qzo.estimators import PerExampleSPSA
 from qzo.examples import ExampleSet
 from qzo.objective import Objective, example_loss, needed_rows
 from qzo.probes import Probe
-from qzo.scales import Coordinates, Scales
+from qzo.scales import Scales
 
 COORDINATES: tuple[Coordinates, ...] = ("absolute", "relative", "row")
 # fp32 forwards, summed in another order, of losses near 1

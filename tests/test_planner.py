@@ -306,7 +306,7 @@ def test_a_plan_is_json(tmp_path: Path) -> None:
 def test_row_coordinates_on_ragged_blocks_are_refused_as_in_training(tmp_path: Path) -> None:
     folder = write_config(tmp_path, TOY | {"intermediate_size": 172}, NF4)
     message = (
-        r"^coordinates: expected absolute or relative, got row: blocks of "
+        r"^coordinates: expected 'absolute' or 'relative', got 'row': blocks of "
         r"model\.layers\.0\.mlp\.down_proj cross its rows, so a factor per row cannot be written "
         r"back exactly$"
     )
@@ -376,9 +376,11 @@ def test_counts_must_be_above_zero(tmp_path: Path, key: str) -> None:
 
 
 def test_unknown_coordinates_are_refused(tmp_path: Path) -> None:
-    message = r"^coordinates: expected row, relative or absolute, got 'column'$"
+    message = (
+        r"^coordinates: expected one of absolute, relative, row, column, rank_one, got 'cell'$"
+    )
     with pytest.raises(ConfigError, match=message):
-        plan(write_config(tmp_path, TOY, GPTQ), coordinates="column")
+        plan(write_config(tmp_path, TOY, GPTQ), coordinates="cell")
 
 
 def test_unknown_dtype_is_refused(tmp_path: Path) -> None:

@@ -12,11 +12,12 @@ from support.runs import ESTIMATORS, change_tensor, json_lines, tiny_checkpoint,
 import qzo
 from qzo import trainer as trainer_module
 from qzo.checkpoint import open_checkpoint
+from qzo.coordinates import Coordinates
 from qzo.errors import CheckpointError, ConfigError
 from qzo.journal import Journal, write_compact
 from qzo.optimizers import OPTIMIZERS
 from qzo.replay import apply_journal, optimizer_of
-from qzo.scales import Coordinates, Scales
+from qzo.scales import Scales
 
 STEPS = 6
 

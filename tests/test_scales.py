@@ -14,14 +14,15 @@ from torch import Tensor
 import qzo
 from qzo import scales as module
 from qzo.checkpoint import open_checkpoint
+from qzo.coordinates import Coordinates
 from qzo.directions import directions
 from qzo.errors import CheckpointError, ConfigError
-from qzo.linear import EffectiveScales, Live, RowMultipliers
+from qzo.linear import EffectiveScales, Live, ProbeScales
 from qzo.model import quant_linears
 from qzo.probes import DirectionalDerivative, Probe
-from qzo.scales import Coordinates, Scales
+from qzo.scales import Scales
 
-COORDINATES: tuple[Coordinates, ...] = ("absolute", "relative", "row")
+COORDINATES: tuple[Coordinates, ...] = ("absolute", "relative", "row", "column", "rank_one")
 PROBES = (Probe(3, 0.01), Probe(4, 0.02), Probe(3, -0.01), Probe(0, 0.0))
 NAMES = ("layers.0.a", "layers.0.b", "layers.1.a")
 
@@ -42,19 +43,32 @@ def scales_of(coordinates: Coordinates) -> Scales:
 
 def naive(scales: Scales, layer: int, probe: Probe) -> list[list[np.float32]]:
     """Compute the effective scales of a layer one by one, in fp32."""
-    stored, row = file_scales(), scales.coordinates == "row"
-    sizes = [len(s) if row else s.numel() for s in stored]
+    stored = file_scales()
+    sizes = {
+        "row": [len(s) for s in stored],
+        "column": [s.shape[1] for s in stored],
+        "rank_one": [len(s) + s.shape[1] for s in stored],
+    }.get(scales.coordinates, [s.numel() for s in stored])
     first = sum(sizes[:layer])
     z = directions("gaussian", [probe.seed], 0, len(scales))[0].numpy()
     master = scales.values.numpy()
     result = []
+
+    def moved(place: int) -> np.float32:
+        step = np.float32(z[first + place] * np.float32(probe.offset))
+        return np.float32(master[first + place] + step)
+
     for o, groups in enumerate(stored[layer].numpy().astype(np.float32)):
         line = []
         for g, stored_scale in enumerate(groups):
-            place = first + (o if row else o * len(groups) + g)
-            value = np.float32(master[place] + np.float32(z[place] * np.float32(probe.offset)))
-            if scales.coordinates != "absolute":
-                value = np.float32(stored_scale * value)
+            places = {
+                "row": [o],
+                "column": [g],
+                "rank_one": [o, len(stored[layer]) + g],
+            }.get(scales.coordinates, [o * len(groups) + g])
+            value = np.float32(1) if scales.coordinates == "absolute" else stored_scale
+            for place in places:
+                value = np.float32(value * moved(place))
             line.append(value)
         result.append(line)
     return result
@@ -62,13 +76,16 @@ def naive(scales: Scales, layer: int, probe: Probe) -> list[list[np.float32]]:
 
 def dense(effective: EffectiveScales, layer: int, probe: int) -> Tensor:
     """Return the effective scales of one probe, whatever form they have."""
-    if isinstance(effective, RowMultipliers):
-        return file_scales()[layer].float() * effective.multipliers[probe][:, None]
-    return effective.scales[probe]
+    if isinstance(effective, ProbeScales):
+        return effective.scales[probe]
+    result = file_scales()[layer].float()
+    if effective.rows is not None:
+        result = result * effective.rows[probe][:, None]
+    return result if effective.columns is None else result * effective.columns[probe]
 
 
 def test_all_coordinates_are_under_test() -> None:
-    assert len(COORDINATES) == 3
+    assert len(COORDINATES) == 5
 
 
 @pytest.mark.parametrize("coordinates", COORDINATES)
@@ -80,9 +97,10 @@ def test_scales_start_at_those_of_the_file(coordinates: Coordinates) -> None:
 
 
 @pytest.mark.parametrize(
-    ("coordinates", "length"), [("absolute", 33), ("relative", 33), ("row", 16)]
+    ("coordinates", "length"),
+    [("absolute", 33), ("relative", 33), ("row", 16), ("column", 6), ("rank_one", 22)],
 )
-def test_the_trained_vector_has_an_element_per_scale_or_row(
+def test_the_trained_vector_has_an_element_per_factor(
     coordinates: Coordinates, length: int
 ) -> None:
     scales = scales_of(coordinates)

@@ -8,10 +8,11 @@ from support.training import examples
 from transformers import PreTrainedModel
 
 import qzo
+from qzo.coordinates import Coordinates
 from qzo.linear import Live
 from qzo.model import trained_layers
 from qzo.probes import Probe
-from qzo.scales import Coordinates, Scales
+from qzo.scales import Scales
 from qzo.stack import answer_scores, build_stack
 
 CPU = torch.device("cpu")

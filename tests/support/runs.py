@@ -37,6 +37,8 @@ COMPLETIONS: list[dict[str, Any]] = [
 
 ESTIMATORS: dict[str, dict[str, Any]] = {
     "row": {},
+    "column": {"coordinates": "column"},
+    "rank_one": {"coordinates": "rank_one"},
     "relative": {"estimator": "spsa", "coordinates": "relative", "num_directions": 2},
     "absolute": {
         **{"estimator": "spsa", "coordinates": "absolute", "direction": "gaussian"},
