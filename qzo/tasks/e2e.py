@@ -71,7 +71,7 @@ class E2E:
 def _parse(record: Record) -> Example:
     text = text_column(record, "ref", "human_reference")
     if not text.strip():
-        raise DataError("ref: expected some text, got none; fill it or remove the row")
+        raise DataError(f"ref: expected some text, got {text!r}; fill it or remove the row")
     return {"mr": text_column(record, "mr", "meaning_representation"), "refs": (text,)}
 
 
