@@ -263,7 +263,7 @@ def evaluate(
     checkpoint: Annotated[str, typer.Argument(help="A folder or a hub id.")],
     adapter: Annotated[str | None, typer.Option(help="A run folder.")] = None,
     task: Annotated[str | None, typer.Option(help=_TASKS)] = None,
-    prompt: Annotated[str, typer.Option(help="template, or none: a task without.")] = "template",
+    prompt: Annotated[str, typer.Option(help="template, or none of its words.")] = "template",
     data: Annotated[str | None, typer.Option(help="A file, a folder or a hub id.")] = None,
     num_examples: Annotated[int | None, typer.Option(min=1, help="Only the first so many.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples of a forward.")] = 32,

@@ -5,7 +5,7 @@
 
 The question begins with a capital letter and has one question mark (MeZO's third template).
 The template adds nothing else. Without it the question stays as the data set has it, mostly in
-lower case and without a mark; no paper that we know runs BoolQ so.
+lower case and without a mark. That form is our own.
 
 Data: SuperGLUE's ``train.jsonl`` and ``val.jsonl`` (question, passage, label).
 Template: MeZO (arXiv 2305.17333).

@@ -6,7 +6,7 @@
     Answer: {answer}
 
 Without the template the four lines have no names before them, and the answer follows the line end
-after the question; no paper that we know runs SQuAD so.
+after the question. That form is our own.
 
 The answer ends with a line end, so only the first line of a generated text counts. MeZO generates
 up to 50 tokens, greedily.
