@@ -29,6 +29,7 @@ app = typer.Typer(
 app.add_typer(bench)
 
 _stderr = stderr_console()
+_TASKS = "sst2, rte, boolq, copa, squad, trec or e2e."
 _TYPER_INTERRUPTED = 130  # what typer makes of a KeyboardInterrupt, without a word
 
 
@@ -261,7 +262,8 @@ def evaluation_cells(evaluation: Any) -> list[str]:
 def evaluate(
     checkpoint: Annotated[str, typer.Argument(help="A folder or a hub id.")],
     adapter: Annotated[str | None, typer.Option(help="A run folder.")] = None,
-    task: Annotated[str | None, typer.Option(help="sst2, rte, boolq, copa or squad.")] = None,
+    task: Annotated[str | None, typer.Option(help=_TASKS)] = None,
+    prompt: Annotated[str, typer.Option(help="template, or none of its words.")] = "template",
     data: Annotated[str | None, typer.Option(help="A file, a folder or a hub id.")] = None,
     num_examples: Annotated[int | None, typer.Option(min=1, help="Only the first so many.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples of a forward.")] = 32,
@@ -272,10 +274,12 @@ def evaluate(
     """Evaluate a checkpoint on a task or on your own data.
 
     Raises:
-        ConfigError: Neither a task nor data is given.
+        ConfigError: Neither a task nor data is given, or the task has no such prompt.
     """
     if task is None and data is None:
         raise ConfigError("--task: expected a task, or --data with a file, got neither")
+    if prompt not in {"template", "none"} or (task is None and prompt == "none"):
+        raise ConfigError(f"--prompt: expected template, or none with a --task, got {prompt!r}")
     from qzo.evaluate import evaluate as run
     from qzo.examples import read_set
     from qzo.model import load_tokenizer, quant_linears
@@ -291,6 +295,7 @@ def evaluate(
             tokenizer=tokenizer,
             max_length=max_length,
             num_examples=num_examples,
+            is_prompted=prompt == "template",
         )
         live = quant_linears(model)[0].live
         result = run(model, live, examples, batch_size=batch_size, tokenizer=tokenizer)

@@ -89,7 +89,8 @@ class Recipe(BaseModel):
     model: str
     output_dir: str
     data: str | None = None
-    task: Literal["sst2", "rte", "boolq", "copa", "squad"] | None = None
+    task: Literal["sst2", "rte", "boolq", "copa", "squad", "trec", "e2e"] | None = None
+    prompt: Literal["template", "none"] = "template"  # none: a task without its template's words
     eval_data: str | None = None
     quantize: Literal["nf4", "gptq"] | None = None
     preset: Literal["default", "paper"] = "default"
@@ -253,6 +254,11 @@ def _nearest(key: str) -> str:
 def _check_together(values: Recipe) -> None:
     if values.memory_limit is not None:
         parse_memory(values.memory_limit, "memory_limit")
+    if values.prompt == "none" and values.task is None:
+        raise ConfigError(
+            "prompt: expected a task whose template is left out, got 'none' without a task; "
+            "own data has the prompts that it holds"
+        )
     if values.zo.estimator == "per_example" and values.zo.coordinates not in BY_FACTORS:
         raise ConfigError(
             f"zo.estimator: expected 'spsa' in {values.zo.coordinates!r} coordinates, got "

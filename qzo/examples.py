@@ -88,6 +88,7 @@ def read_set(
     tokenizer: Tokenizer,
     max_length: int,
     num_examples: int | None = None,
+    is_prompted: bool = True,
 ) -> ExampleSet:
     """Read one split of a task, or of the user's data.
 
@@ -98,14 +99,15 @@ def read_set(
         tokenizer: A transformers tokenizer.
         max_length: Tokens of a row at most.
         num_examples: Only so many, the first.
+        is_prompted: Whether the prompts of a task have the words of its template.
 
     Raises:
         DataError: The source is missing, empty or malformed.
     """
     if task is not None:
         is_file = data is not None and Path(data).is_file()
-        loaded = load_task(task, None if is_file else data)
-        raw = examples_from_file(loaded, str(data)) if is_file else loaded.examples(split)
+        loaded = load_task(task, None if is_file else data, is_prompted=is_prompted)
+        raw = examples_from_file(loaded, str(data), split) if is_file else loaded.examples(split)
         return from_task(loaded, raw[:num_examples], tokenizer, max_length=max_length)
     if data is None:
         raise DataError("data: expected a file, a folder or a hub id, or a task")

@@ -75,8 +75,12 @@ def read_hub(hub_id: str, *, config: str | None = None, split: str) -> list[Reco
     return [dict(row) for row in rows]
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, *, fallback: str | None = None) -> str:
     """Read a UTF-8 file as it is; a byte order mark is dropped, line ends are kept.
+
+    Args:
+        path: The file.
+        fallback: The encoding of a file that is not UTF-8; None makes that an error.
 
     Raises:
         DataError: The file cannot be opened, or is not UTF-8.
@@ -90,6 +94,8 @@ def read_text(path: Path) -> str:
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
+        if fallback is not None:
+            return content.decode(fallback)
         line = error.object.count(b"\n", 0, error.start) + 1
         byte = error.object[error.start]
         raise DataError(

@@ -194,6 +194,7 @@ def data_sets(recipe: Recipe, tokenizer: Any) -> tuple[ExampleSet, ExampleSet | 
         task=recipe.task,
         data=recipe.data,
         split="train",
+        is_prompted=recipe.prompt == "template",
         num_examples=recipe.num_train_examples,
         **common,
     )
@@ -203,6 +204,7 @@ def data_sets(recipe: Recipe, tokenizer: Any) -> tuple[ExampleSet, ExampleSet | 
         task=recipe.task,
         data=recipe.eval_data or recipe.data,
         split="validation",
+        is_prompted=recipe.prompt == "template",
         num_examples=recipe.num_eval_examples,
         **common,
     )

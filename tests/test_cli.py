@@ -124,6 +124,56 @@ def test_inspect_counts(qzo: Run, place: Place) -> None:
     assert (value["format"], value["group_size"], value["model_type"]) == ("gptq", 32, "llama")
 
 
+def test_a_task_is_trained_and_evaluated_without_its_template(
+    qzo: Run, place: Place, tmp_path: Path
+) -> None:
+    data = tmp_path / "test.txt"
+    data.write_text("NUM:dist How far ?\nHUM:ind Who ?\n", encoding="utf-8")
+    keys = {"task": "trec", "prompt": "none", "eval_data": str(data), "num_eval_examples": 2}
+    recipe = write_recipe(tmp_path / "r.yaml", place.base, data, tmp_path / "run", **keys)
+
+    trained = qzo("train", recipe, "--json")
+    options = ("--task", "trec", "--data", data, "--json")
+    bare = qzo("eval", place.base, *options, "--prompt", "none")
+    prompted = qzo("eval", place.base, *options)
+
+    assert (trained.code, bare.code, prompted.code) == (0, 0, 0), trained.err
+    assert trained.value["before"]["loss"] == pytest.approx(bare.value["loss"], rel=1e-6)
+    assert abs(prompted.value["loss"] / bare.value["loss"] - 1) > 1e-6
+
+
+def test_e2e_is_trained_on_one_file_and_evaluated_on_another(
+    qzo: Run, place: Place, tmp_path: Path
+) -> None:
+    train, test = tmp_path / "devset.csv", tmp_path / "testset_w_refs.csv"
+    train.write_text("mr,ref\nab,a b\ncd,c d\n", encoding="utf-8")
+    test.write_text("mr,ref\nab,a b\nab,b a\n", encoding="utf-8")
+    keys = {"task": "e2e", "eval_data": str(test), "num_eval_examples": 9}
+    recipe = write_recipe(tmp_path / "r.yaml", place.base, train, tmp_path / "run", **keys)
+
+    ran = qzo("train", recipe, "--json")
+
+    assert ran.code == 0, ran.err
+    assert ran.value["before"]["num_examples"] == 1
+    assert 0 <= ran.value["after"]["f1"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("options", "got"),
+    [
+        (("--task", "sst2", "--prompt", "empty"), "empty"),
+        (("--data", "d", "--prompt", "none"), "none"),
+    ],
+)
+def test_eval_refuses_a_prompt_that_the_examples_do_not_have(
+    qzo: Run, options: tuple[str, ...], got: str
+) -> None:
+    ran = qzo("eval", "x", *options)
+
+    want = f"qzo: --prompt: expected template, or none with a --task, got {got!r}\n"
+    assert (ran.code, ran.err) == (1, want)
+
+
 def test_eval_does_not_print_numbers_that_json_does_not_have(qzo: Run, place: Place) -> None:
     value = qzo("eval", place.base, "--data", place.data, "--num-examples", "1", "--json").value
 

@@ -168,7 +168,8 @@ def test_a_recipe_needs_no_data_where_the_trainer_is_given_examples() -> None:
         ({"learning_rate": float("inf")}, "learning_rate: expected a finite number, got inf"),
         ({"seed": 2**63}, "seed: expected a number less than 9223372036854775808, got "
             "9223372036854775808"),
-        ({"task": "sst3"}, "task: expected 'sst2', 'rte', 'boolq', 'copa' or 'squad', got 'sst3'"),
+        ({"task": "sst3"}, "task: expected 'sst2', 'rte', 'boolq', 'copa', 'squad', 'trec' or "
+            "'e2e', got 'sst3'"),
         ({"dtype": "int8"}, "dtype: expected 'float32', 'float16' or 'bfloat16', got 'int8'"),
         ({"report_to": 3}, "report_to: expected a valid string, got 3"),
         ({"load_best_model_at_end": "perhaps"}, "load_best_model_at_end: expected a valid boolean, "
@@ -177,6 +178,9 @@ def test_a_recipe_needs_no_data_where_the_trainer_is_given_examples() -> None:
         ({"preset": ["paper"]}, "preset: expected one of ['default', 'paper'], got ['paper']"),
         ({"zo": 3}, "zo: expected keys and values, got int"),
         ({"zo": None}, "zo: expected keys and values, got NoneType"),
+        ({"prompt": "empty"}, "prompt: expected 'template' or 'none', got 'empty'"),
+        ({"prompt": "none"}, "prompt: expected a task whose template is left out, got 'none' "
+            "without a task; own data has the prompts that it holds"),
         ({"zo": {"epsilon": -1}}, "zo.epsilon: expected a number greater than 0, got -1"),
         ({"zo": {"epsilon": "nan"}}, "zo.epsilon: expected a finite number, got 'nan'"),
         ({"zo": {"coordinates": "rows"}}, "zo.coordinates: expected 'absolute', 'relative', "

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.runs import write_tokenizer
 
 from qzo.errors import ConfigError, DataError
+from qzo.examples import ExampleSet, read_set
 from qzo.tasks import examples_from_file, load_task, source
 
 SST2_TSV = 'sentence\tlabel\n"bad\t0\na good one \t1\n'
@@ -28,6 +30,22 @@ SQUAD_JSON = json.dumps(
     }
 )
 SQUAD_ROWS = [{"title": "T", "context": "C", "question": "Q1", "answers": ("a1", "a2")}]
+TREC_LINES = "DESC:manner How did it end ?\nABBR:exp What is N.A. ?\r\n\nNUM:dist How far : 1 ?\n"
+TREC_ROWS = [
+    {"text": "How did it end ?", "label": 2},
+    {"text": "What is N.A. ?", "label": 0},
+    {"text": "How far : 1 ?", "label": 5},
+]
+E2E_CSV = 'mr,ref\n"name[A], area[B]","A, in B."\nname[C],C it is.\n"name[A], area[B]",In B: A.\n'
+E2E_TRAIN_ROWS = [
+    {"mr": "name[A], area[B]", "refs": ("A, in B.",)},
+    {"mr": "name[C]", "refs": ("C it is.",)},
+    {"mr": "name[A], area[B]", "refs": ("In B: A.",)},
+]
+E2E_ROWS = [
+    {"mr": "name[A], area[B]", "refs": ("A, in B.", "In B: A.")},
+    {"mr": "name[C]", "refs": ("C it is.",)},
+]
 
 
 def refusal(message: str) -> Any:
@@ -51,6 +69,13 @@ def write(path: Path, content: str) -> Path:
         ("copa", "test", "test.jsonl", COPA_JSONL, COPA_ROWS),
         ("squad", "train", "train-v1.1.json", SQUAD_JSON, SQUAD_ROWS),
         ("squad", "validation", "dev-v1.1.json", SQUAD_JSON, SQUAD_ROWS),
+        ("trec", "train", "train.txt", TREC_LINES, TREC_ROWS),
+        ("trec", "train", "train_5500.label", TREC_LINES, TREC_ROWS),
+        ("trec", "validation", "test.txt", TREC_LINES, TREC_ROWS),
+        ("trec", "validation", "TREC_10.label", TREC_LINES, TREC_ROWS),
+        ("e2e", "train", "trainset.csv", E2E_CSV, E2E_TRAIN_ROWS),
+        ("e2e", "validation", "devset.csv", E2E_CSV, E2E_ROWS),
+        ("e2e", "test", "testset_w_refs.csv", E2E_CSV, E2E_ROWS),
     ],
 )
 def test_task_reads_its_official_files(
@@ -60,7 +85,83 @@ def test_task_reads_its_official_files(
     task = load_task(name, str(tmp_path))
 
     assert task.examples(split) == rows
-    assert examples_from_file(task, path) == rows
+    assert examples_from_file(task, path, split) == rows
+
+
+def test_trec_reads_a_file_that_is_not_utf_8_as_latin_1(tmp_path: Path) -> None:
+    path = tmp_path / "train_5500.label"
+    path.write_bytes(b"LOC:city Which sister\xf0city ?\n")
+    utf_8 = write(tmp_path / "test.txt", "LOC:city Which caf\u00e9 ?\n")
+
+    task = load_task("trec", str(tmp_path))
+
+    assert task.examples("train") == [{"text": "Which sister\u00f0city ?", "label": 4}]
+    assert examples_from_file(task, utf_8) == [{"text": "Which caf\u00e9 ?", "label": 4}]
+
+
+@pytest.mark.parametrize("line", ["How far ?", "NUM How far ?", ":dist How far ?", "NUM:dist"])
+def test_trec_names_the_line_that_is_no_question_with_a_class(line: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "train.txt", f"NUM:dist How far ?\n{line}\n")
+    message = (
+        f"{path}: expected lines COARSE:fine question, got {line!r} in line 2; "
+        "is this the right file?"
+    )
+    with refusal(message):
+        load_task("trec", str(tmp_path)).examples("train")
+
+
+def test_trec_refuses_a_file_without_lines(tmp_path: Path) -> None:
+    path = write(tmp_path / "train.txt", "\n\n")
+    with refusal(f"{path}: expected at least one row, got none; is this the right file?"):
+        load_task("trec", str(tmp_path)).examples("train")
+
+
+def test_trec_validates_on_the_hubs_test_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def read_hub(hub_id: str, *, config: str | None, split: str) -> list[Any]:
+        del hub_id, config
+        asked.append(split)
+        return [{"text": "How far ?", "coarse_label": 5, "fine_label": 40}]
+
+    monkeypatch.setattr(source, "read_hub", read_hub)
+
+    assert load_task("trec").examples("train") == load_task("trec").examples("validation")
+    assert asked == ["train", "test"]
+
+
+@pytest.mark.parametrize(
+    ("name", "coarse_label"),
+    [("ABBR", 0), ("ENTY", 1), ("DESC", 2), ("HUM", 3), ("LOC", 4), ("NUM", 5)],
+)
+def test_trec_numbers_its_classes_as_the_hub_does(
+    name: str, coarse_label: int, tmp_path: Path
+) -> None:
+    lines = write(tmp_path / "test.txt", f"{name}:x Q ?\n")
+    row = write(tmp_path / "r.jsonl", json.dumps({"text": "Q ?", "coarse_label": coarse_label}))
+    task = load_task("trec")
+
+    want = [{"text": "Q ?", "label": coarse_label}]
+    assert examples_from_file(task, lines) == examples_from_file(task, row) == want
+
+
+def test_read_set_keeps_the_rows_of_a_file_to_train_on_and_joins_them_to_evaluate(
+    tmp_path: Path,
+) -> None:
+    tokenizer: Any = write_tokenizer(tmp_path)
+    path = write(tmp_path / "devset.csv", E2E_CSV)
+
+    def read(split: str, **options: Any) -> ExampleSet:
+        common: dict[str, Any] = {"tokenizer": tokenizer, "max_length": 200}
+        return read_set(task="e2e", data=str(path), split=split, **common, **options)
+
+    assert read("train").task_examples == E2E_TRAIN_ROWS
+    assert read("validation").task_examples == E2E_ROWS
+    assert read("validation", num_examples=1).task_examples == E2E_ROWS[:1]
+    assert len(read("train").examples) == 3
+    (prompted,) = read("train").examples[0].rows
+    (bare,) = read("train", is_prompted=False).examples[0].rows
+    assert len(prompted) - len(bare) == len("Data: ") + len("\nText: ") - len("\n")
 
 
 @pytest.mark.parametrize(
@@ -81,6 +182,12 @@ def test_task_reads_its_official_files(
             },
             SQUAD_ROWS,
         ),
+        ("trec", {"text": "How far : 1 ?", "coarse_label": 5, "fine_label": 40}, TREC_ROWS[2:]),
+        (
+            "e2e",
+            {"meaning_representation": "name[C]", "human_reference": "C it is."},
+            E2E_ROWS[1:],
+        ),
     ],
 )
 def test_task_reads_rows_as_on_the_hub(
@@ -99,12 +206,15 @@ def test_task_reads_rows_as_on_the_hub(
         "boolq": ("aps/super_glue", "boolq"),
         "copa": ("aps/super_glue", "copa"),
         "squad": ("rajpurkar/squad", None),
+        "trec": ("CogComp/trec", None),
+        "e2e": ("tuetschek/e2e_nlg", None),
     }
+    validation = "test" if name == "trec" else "validation"
 
     assert load_task(name).examples("validation") == rows
     assert load_task(name, "me/mine").examples("train") == rows
     _, config = on_the_hub[name]
-    assert asked == [(*on_the_hub[name], "validation"), ("me/mine", config, "train")]
+    assert asked == [(*on_the_hub[name], validation), ("me/mine", config, "train")]
     path = write(tmp_path / "rows.jsonl", json.dumps(row))
     assert examples_from_file(load_task(name), path) == rows
 
@@ -120,7 +230,7 @@ def test_task_prefers_the_superglue_file_where_a_folder_has_both(tmp_path: Path)
 
 def test_load_task_refuses_an_unknown_name() -> None:
     message = (
-        "task: expected one of sst2, rte, boolq, copa, squad, got 'mnli'; "
+        "task: expected one of sst2, rte, boolq, copa, squad, trec, e2e, got 'mnli'; "
         "for data of your own give a file instead"
     )
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
@@ -212,6 +322,22 @@ def test_task_refuses_an_unknown_split(tmp_path: Path) -> None:
             "squad",
             {"title": "T", "context": "C", "question": "Q", "answers": "a1"},
             "answers: expected at least one answer with its text, got 'a1'; use SQuAD 1.1, not 2.0",
+        ),
+        (
+            "trec",
+            {"text": "Q ?", "coarse_label": 6},
+            "coarse_label: expected one of abbr, 0, enty, 1, desc, 2, hum, 3, loc, 4, num, 5, "
+            "got 6; test files without labels cannot be used",
+        ),
+        (
+            "e2e",
+            {"mr": "name[A]"},
+            "column: expected ref or human_reference, got mr; is this the right task?",
+        ),
+        (
+            "e2e",
+            {"mr": "name[A]", "ref": " "},
+            "ref: expected some text, got ' '; fill it or remove the row",
         ),
     ],
 )

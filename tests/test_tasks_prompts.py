@@ -1,4 +1,4 @@
-"""Prompts are compared with text written out by hand from MeZO's templates."""
+"""Prompts are compared with text written out by hand, as in MeZO's templates where it has one."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -19,6 +19,11 @@ COPA = {
     "choice2": "I saw Water.",
     "question": "effect",
     "label": 1,
+}
+TREC = {"text": "How far is it from Denver to Aspen ? ", "label": 5}
+E2E = {
+    "mr": "name[Blue Spice], area[riverside]",
+    "refs": ("Blue Spice is by the river.", " By the river:\nBlue Spice. "),
 }
 
 
@@ -106,9 +111,23 @@ class Words:
             (" February 7, 2016\n", " February 7\n"),
             0,
         ),
+        (
+            "trec",
+            TREC,
+            "How far is it from Denver to Aspen ? It was about",
+            (" Expression", " Entity", " Description", " Human", " Location", " Number"),
+            5,
+        ),
+        (
+            "e2e",
+            E2E,
+            "Data: name[Blue Spice], area[riverside]\nText:",
+            (" Blue Spice is by the river.\n", " By the river: Blue Spice.\n"),
+            0,
+        ),
     ],
 )
-def test_task_writes_the_prompt_and_answers_of_mezo(
+def test_task_writes_its_prompt_and_answers(
     name: str, example: dict[str, Any], prompt: str, candidates: tuple[str, ...], label: int
 ) -> None:
     task = load_task(name)
@@ -119,6 +138,64 @@ def test_task_writes_the_prompt_and_answers_of_mezo(
 
 
 @pytest.mark.parametrize(
+    ("name", "example", "prompt", "candidates"),
+    [
+        (
+            "sst2",
+            {"sentence": " a fine film . ", "label": 1},
+            "a fine film .",
+            (" terrible", " great"),
+        ),
+        (
+            "rte",
+            {"premise": "Cats sleep.", "hypothesis": "Cats rest.", "label": 0},
+            'Cats sleep.\n"Cats rest."\n',
+            ("Yes", "No"),
+        ),
+        (
+            "boolq",
+            {"passage": "Cats -- Cats sleep.", "question": "do cats sleep", "label": 1},
+            "Cats -- Cats sleep. do cats sleep\n",
+            ("No", "Yes"),
+        ),
+        (
+            "copa",
+            COPA,
+            "The man turned on the faucet",
+            (" the toilet filled with water.", " I saw Water."),
+        ),
+        (
+            "squad",
+            SQUAD,
+            "Super_Bowl_50\nThe game was played on February 7, 2016.\nWhen was the game?\n",
+            ("February 7, 2016\n", "February 7\n"),
+        ),
+        (
+            "trec",
+            TREC,
+            "How far is it from Denver to Aspen ?",
+            (" Expression", " Entity", " Description", " Human", " Location", " Number"),
+        ),
+        (
+            "e2e",
+            E2E,
+            "name[Blue Spice], area[riverside]\n",
+            ("Blue Spice is by the river.\n", "By the river: Blue Spice.\n"),
+        ),
+    ],
+)
+def test_task_leaves_out_the_words_of_its_template(
+    name: str, example: dict[str, Any], prompt: str, candidates: tuple[str, ...]
+) -> None:
+    task, usual = load_task(name, is_prompted=False), load_task(name)
+
+    assert (task.is_prompted, usual.is_prompted) == (False, True)
+    assert task.prompt(example) == prompt
+    assert task.candidates(example) == candidates
+    assert task.label(example) == usual.label(example)
+
+
+@pytest.mark.parametrize(
     ("name", "kind", "metric", "loss"),
     [
         ("sst2", "classification", "accuracy", "classification"),
@@ -126,12 +203,14 @@ def test_task_writes_the_prompt_and_answers_of_mezo(
         ("boolq", "classification", "accuracy", "classification"),
         ("copa", "choice", "accuracy", "language_modeling"),
         ("squad", "generation", "f1", "language_modeling"),
+        ("trec", "classification", "accuracy", "classification"),
+        ("e2e", "generation", "f1", "language_modeling"),
     ],
 )
 def test_task_states_its_kind_metric_and_loss(name: str, kind: str, metric: str, loss: str) -> None:
     task: Task = load_task(name)
 
-    assert len(TASKS) == 5
+    assert len(TASKS) == 7
     assert isinstance(task, Task)
     assert (task.name, task.kind, task.metric, task.loss) == (name, kind, metric, loss)
 

@@ -6,7 +6,7 @@ from qzo.tasks import load_task
 from qzo.tasks.squad import token_f1
 
 
-@pytest.mark.parametrize("name", ["sst2", "rte", "boolq", "copa"])
+@pytest.mark.parametrize("name", ["sst2", "rte", "boolq", "copa", "trec"])
 @pytest.mark.parametrize("label", [0, 1])
 @pytest.mark.parametrize("output", [0, 1])
 def test_score_is_one_for_the_right_candidate_only(name: str, label: int, output: int) -> None:
@@ -52,3 +52,17 @@ def test_squad_scores_the_first_line_against_the_best_gold_answer(
     example: dict[str, Any] = {"answers": ("7th of February 2016", "February 7")}
 
     assert load_task("squad").score(example, output) == pytest.approx(score, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("output", "score"),
+    [
+        (" Blue Spice is here\nand there", 1.0),
+        (" Blue Spice", 2 / 3),  # the shorter text: precision 1, recall 1/2
+        ("", 0.0),
+    ],
+)
+def test_e2e_scores_the_first_line_against_the_best_text(output: str, score: float) -> None:
+    example: dict[str, Any] = {"refs": ("A coffee shop: Blue Spice.", "Blue Spice is here.")}
+
+    assert load_task("e2e").score(example, output) == pytest.approx(score, abs=1e-12)

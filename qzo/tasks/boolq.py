@@ -4,6 +4,8 @@
     Yes|No
 
 The question begins with a capital letter and has one question mark (MeZO's third template).
+The template adds nothing else. Without it the question stays as the data set has it, mostly in
+lower case and without a mark. That form is our own.
 
 Data: SuperGLUE's ``train.jsonl`` and ``val.jsonl`` (question, passage, label).
 Template: MeZO (arXiv 2305.17333).
@@ -19,6 +21,7 @@ class BoolQ:
 
     Args:
         place: A folder with the official files, a hub id, or None for the one on the hub.
+        is_prompted: Whether prompts have the words of the template.
     """
 
     name = "boolq"
@@ -26,7 +29,8 @@ class BoolQ:
     metric: Metric = "accuracy"
     loss: Loss = "classification"
 
-    def __init__(self, place: str | None = None) -> None:
+    def __init__(self, place: str | None = None, *, is_prompted: bool = True) -> None:
+        self.is_prompted = is_prompted
         self.source = Source(place, "aps/super_glue", "boolq", _parse, SUPERGLUE, read_rows)
 
     def examples(self, split: str) -> list[Example]:
@@ -36,6 +40,8 @@ class BoolQ:
     def prompt(self, example: Example) -> str:
         """Return the passage and the question."""
         question = example["question"]
+        if not self.is_prompted:
+            return f"{example['passage']} {question}\n"
         question = question[:1].upper() + question[1:].removesuffix("?")
         return f"{example['passage']} {question}?\n"
 

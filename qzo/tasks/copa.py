@@ -2,6 +2,9 @@
 
     {premise without its full stop} so|because {choice, first word in lower case}
 
+Without the template the conjunction is left out, as in ZO-LLM (arXiv 2402.11592). Nothing then
+tells a cause from an effect.
+
 The loss is that of the right sentence alone, not a comparison of the two.
 
 Data: SuperGLUE's ``train.jsonl`` and ``val.jsonl`` (premise, choice1, choice2, question, label).
@@ -21,6 +24,7 @@ class Copa:
 
     Args:
         place: A folder with the official files, a hub id, or None for the one on the hub.
+        is_prompted: Whether prompts have the words of the template.
     """
 
     name = "copa"
@@ -28,7 +32,8 @@ class Copa:
     metric: Metric = "accuracy"
     loss: Loss = "language_modeling"
 
-    def __init__(self, place: str | None = None) -> None:
+    def __init__(self, place: str | None = None, *, is_prompted: bool = True) -> None:
+        self.is_prompted = is_prompted
         self.source = Source(place, "aps/super_glue", "copa", _parse, SUPERGLUE, read_rows)
 
     def examples(self, split: str) -> list[Example]:
@@ -37,8 +42,8 @@ class Copa:
 
     def prompt(self, example: Example) -> str:
         """Return the premise as the beginning of a sentence."""
-        premise = example["premise"].rstrip().removesuffix(".")
-        return f"{premise} {_CONJUNCTIONS[example['question']]}"
+        premise: str = example["premise"].rstrip().removesuffix(".")
+        return f"{premise} {_CONJUNCTIONS[example['question']]}" if self.is_prompted else premise
 
     def candidates(self, example: Example) -> tuple[str, ...]:
         """Return the two choices as its end."""

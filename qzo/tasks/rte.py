@@ -4,6 +4,8 @@
     Does this mean that "{hypothesis}" is true? Yes or No?
     Yes|No
 
+Without the template the second line is ``"{hypothesis}"``, as in ZO-LLM (arXiv 2402.11592).
+
 Data: SuperGLUE's ``train.jsonl`` and ``val.jsonl`` (premise, hypothesis, label), or GLUE's
 ``train.tsv`` and ``dev.tsv`` (sentence1, sentence2, label). Template: MeZO (arXiv 2305.17333).
 """
@@ -25,6 +27,7 @@ class RTE:
 
     Args:
         place: A folder with the official files, a hub id, or None for the one on the hub.
+        is_prompted: Whether prompts have the words of the template.
     """
 
     name = "rte"
@@ -32,7 +35,8 @@ class RTE:
     metric: Metric = "accuracy"
     loss: Loss = "classification"
 
-    def __init__(self, place: str | None = None) -> None:
+    def __init__(self, place: str | None = None, *, is_prompted: bool = True) -> None:
+        self.is_prompted = is_prompted
         self.source = Source(place, "aps/super_glue", "rte", _parse, GLUE_OR_SUPERGLUE, read_rows)
 
     def examples(self, split: str) -> list[Example]:
@@ -41,8 +45,10 @@ class RTE:
 
     def prompt(self, example: Example) -> str:
         """Return the premise and a question about the hypothesis."""
-        question = f'Does this mean that "{example["hypothesis"]}" is true? Yes or No?'
-        return f"{example['premise']}\n{question}\n"
+        hypothesis = f'"{example["hypothesis"]}"'
+        if self.is_prompted:
+            hypothesis = f"Does this mean that {hypothesis} is true? Yes or No?"
+        return f"{example['premise']}\n{hypothesis}\n"
 
     def candidates(self, example: Example) -> tuple[str, ...]:
         """Return the two answers, entailment first."""

@@ -4,7 +4,7 @@ An example is a dict with the data set's own column names, checked, and its ``la
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -39,6 +39,10 @@ class Source:
     """Of each split, the names that its file may have; the first that exists is read."""
     read: Callable[[Path], list[Record]]
     """Reads one of these files."""
+    hub_splits: Mapping[str, str] = field(default_factory=dict)
+    """Splits that have another name on the hub."""
+    group: Callable[[list[Example]], list[Example]] | None = None
+    """Joins rows of one question that have an answer each, where a split is not for training."""
 
     def examples(self, split: str) -> list[Example]:
         """Read a split.
@@ -53,18 +57,20 @@ class Source:
             )
         folder = Path(self.place or "").expanduser()
         if self.place and folder.is_dir():
-            return self.read_file(self._find(folder, split))
+            return self.read_file(self._find(folder, split), split)
         if self.place and folder.exists():
             raise DataError(
                 f"{self.place}: expected a folder to take split {split!r} from, got a file; "
                 "name its folder"
             )
         hub_id = self.place or self.hub_id
-        return self._parse(hub_id, read_hub(hub_id, config=self.hub_config, split=split))
+        hub_split = self.hub_splits.get(split, split)
+        records = read_hub(hub_id, config=self.hub_config, split=hub_split)
+        return self._parse(hub_id, records, split)
 
-    def read_file(self, path: Path) -> list[Example]:
+    def read_file(self, path: Path, split: str) -> list[Example]:
         """Read one file, whatever its name; a malformed row is a DataError that names both."""
-        return self._parse(str(path), self.read(path))
+        return self._parse(str(path), self.read(path), split)
 
     def _find(self, folder: Path, split: str) -> Path:
         names = self.files[split]
@@ -77,14 +83,14 @@ class Source:
             "put the official file there"
         )
 
-    def _parse(self, origin: str, records: Sequence[Record]) -> list[Example]:
-        examples = []
+    def _parse(self, origin: str, records: Sequence[Record], split: str) -> list[Example]:
+        examples: list[Example] = []
         for row, record in enumerate(records, start=1):
             try:
                 examples.append(self.parse(record))
             except DataError as error:
                 raise DataError(f"{origin}, row {row}: {error}") from error
-        return examples
+        return examples if self.group is None or split == "train" else self.group(examples)
 
 
 def read_rows(path: Path) -> list[Record]:
@@ -112,22 +118,24 @@ def text_column(record: Record, *names: str) -> str:
     return text
 
 
-def label_column(record: Record, *spellings: Sequence[str]) -> int:
+def label_column(record: Record, *spellings: Sequence[str], name: str = "label") -> int:
     """Return which label the record has.
 
     Args:
         record: A row of the data set.
         *spellings: For each label, counted from 0, the ways in which files write it.
+        name: The column.
 
     Raises:
         DataError: There is no label, as in public test files, or it is another one.
     """
-    value = record.get("label")
+    value = record.get(name)
     written = str(value).lower()
     for label, names in enumerate(spellings):
         if written in names:
             return label
-    allowed = ", ".join(name for names in spellings for name in names)
+    allowed = ", ".join(spelling for names in spellings for spelling in names)
     raise DataError(
-        f"label: expected one of {allowed}, got {value!r}; test files without labels cannot be used"
+        f"{name}: expected one of {allowed}, got {value!r}; "
+        "test files without labels cannot be used"
     )

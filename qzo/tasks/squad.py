@@ -5,6 +5,9 @@
     Question: {question}
     Answer: {answer}
 
+Without the template the four lines have no names before them, and the answer follows the line end
+after the question. That form is our own.
+
 The answer ends with a line end, so only the first line of a generated text counts. MeZO generates
 up to 50 tokens, greedily.
 
@@ -28,6 +31,7 @@ class SQuAD:
 
     Args:
         place: A folder with the official files, a hub id, or None for the one on the hub.
+        is_prompted: Whether prompts have the words of the template.
     """
 
     name = "squad"
@@ -35,7 +39,8 @@ class SQuAD:
     metric: Metric = "f1"
     loss: Loss = "language_modeling"
 
-    def __init__(self, place: str | None = None) -> None:
+    def __init__(self, place: str | None = None, *, is_prompted: bool = True) -> None:
+        self.is_prompted = is_prompted
         files = {"train": ["train-v1.1.json"], "validation": ["dev-v1.1.json"]}
         self.source = Source(place, "rajpurkar/squad", None, _parse, files, _read)
 
@@ -45,14 +50,16 @@ class SQuAD:
 
     def prompt(self, example: Example) -> str:
         """Return title, paragraph and question."""
-        return (
-            f"Title: {example['title']}\nContext: {example['context']}\n"
-            f"Question: {example['question'].strip()}\nAnswer:"
-        )
+        title, context = example["title"], example["context"]
+        question = example["question"].strip()
+        if not self.is_prompted:
+            return f"{title}\n{context}\n{question}\n"
+        return f"Title: {title}\nContext: {context}\nQuestion: {question}\nAnswer:"
 
     def candidates(self, example: Example) -> tuple[str, ...]:
         """Return the gold answers."""
-        return tuple(f" {answer}\n" for answer in example["answers"])
+        space = " " if self.is_prompted else ""
+        return tuple(f"{space}{answer}\n" for answer in example["answers"])
 
     def label(self, example: Example) -> int:
         """Return 0: the first gold answer is the one to learn."""

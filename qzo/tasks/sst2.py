@@ -2,6 +2,8 @@
 
     {sentence} It was terrible|great
 
+Without the template: ``{sentence} terrible|great``, as in ZO-LLM (arXiv 2402.11592).
+
 Data: GLUE's ``train.tsv`` and ``dev.tsv`` (sentence, label). Template: MeZO (arXiv 2305.17333).
 """
 
@@ -15,6 +17,7 @@ class SST2:
 
     Args:
         place: A folder with the official files, a hub id, or None for the one on the hub.
+        is_prompted: Whether prompts have the words of the template.
     """
 
     name = "sst2"
@@ -22,7 +25,8 @@ class SST2:
     metric: Metric = "accuracy"
     loss: Loss = "classification"
 
-    def __init__(self, place: str | None = None) -> None:
+    def __init__(self, place: str | None = None, *, is_prompted: bool = True) -> None:
+        self.is_prompted = is_prompted
         files = {"train": ["train.tsv"], "validation": ["dev.tsv"], "test": ["test.tsv"]}
         self.source = Source(place, "nyu-mll/glue", "sst2", _parse, files, read_rows)
 
@@ -32,7 +36,8 @@ class SST2:
 
     def prompt(self, example: Example) -> str:
         """Return the sentence and the beginning of a verdict."""
-        return f"{example['sentence'].strip()} It was"
+        sentence: str = example["sentence"].strip()
+        return f"{sentence} It was" if self.is_prompted else sentence
 
     def candidates(self, example: Example) -> tuple[str, ...]:
         """Return the two verdicts, negative first."""

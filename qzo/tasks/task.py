@@ -8,6 +8,10 @@ choice          the likeliest candidate, a sentence        index of the chosen c
 generation      writing, greedily, up to a line end        the text
 ==============  =========================================  =====================================
 
+Every task has a form without the words of its template, for MeZO's ablation: there RoBERTa lost 38
+points of accuracy on SST-2 and 47 on TREC without a prompt. What the data set itself gives and the
+possible answers stay; line ends between two texts stay as well.
+
 "Likeliest" is by the mean log-probability of the candidate's tokens.
 
 The loss of an example is one of two. ``classification``: the cross-entropy of the softmax over the
@@ -34,6 +38,7 @@ class Task(Protocol):
     kind: Kind
     metric: Metric
     loss: Loss
+    is_prompted: bool
     source: Source
 
     def examples(self, split: str) -> list[Example]:
