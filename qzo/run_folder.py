@@ -55,6 +55,7 @@ def header_of(
         "optimizer": config.zo.optimizer,
         "optimizer_settings": config.zo.optimizer_settings,
         "seed": config.seed,
+        "basis_steps": config.zo.basis_steps,
         "recipe": config.model_dump(mode="json"),
     }
 
