@@ -131,9 +131,8 @@ def test_a_journal_without_the_new_keys_is_continued(base: Path, tmp_path: Path)
     stopped(trainer_of(base, tmp_path / "stopped", {}), after=3)
     without_new_keys(tmp_path / "stopped" / "journal.jsonl")
 
-    with pytest.raises(
-        ConfigError, match=r"^zo\.basis_steps: expected None as in the run that is "
-    ):
+    reason = r"zo\.basis_steps: expected None as in the run that is to be continued, got 2"
+    with pytest.raises(ConfigError, match=f"^{reason}$"):
         trainer_of(base, tmp_path / "stopped", {"basis_steps": 2}).train()
     trainer_of(base, tmp_path / "stopped", {}).train()
 

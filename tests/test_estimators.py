@@ -335,7 +335,8 @@ def test_tell_wants_a_loss_for_every_probe(variant: Variant) -> None:
     probes = estimator.ask(0)
 
     for got in (len(probes) - 1, len(probes) + 1):
-        with pytest.raises(ValueError, match=r"^losses: expected one per probe, \d, got \d+$"):
+        message = f"^losses: expected one per probe, {len(probes)}, got {got}$"
+        with pytest.raises(ValueError, match=message):
             estimator.tell(probes, [1.0] * got)
 
 

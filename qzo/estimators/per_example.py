@@ -96,9 +96,9 @@ class PerExampleSPSA(Settings):
     def _slopes(
         self, probes: Sequence[Probe], losses: Sequence[float]
     ) -> list[DirectionalDerivative]:
+        check_losses(probes, losses)
         if self.sides == "two":
             return two_sided_slopes(self, probes, losses)
-        check_losses(probes, losses)
         size = self.num_directions
         starts = range(0, len(probes), size)
         groups = [slice(start, start + size) for start in starts]

@@ -37,6 +37,7 @@ class SPSA(Settings):
 
     def tell(self, probes: Sequence[Probe], losses: Sequence[float]) -> list[DirectionalDerivative]:
         """Return the clipped derivative of every direction; NaN where a loss is not finite."""
+        check_losses(probes, losses)
         if not self.measures_curvature:
             return two_sided_slopes(self, probes, losses)
         slopes = two_sided_slopes(self, probes[1:], losses[1:])
@@ -51,7 +52,6 @@ def two_sided_slopes(
     settings: Settings, probes: Sequence[Probe], losses: Sequence[float]
 ) -> list[DirectionalDerivative]:
     """Return ``(L+ - L-) / (2 epsilon)``, clipped, from all ``L+`` followed by all ``L-``."""
-    check_losses(probes, losses)
     half = len(probes) // 2
     return [
         slope(probe, plus - minus, 2 * settings.epsilon, settings.max_loss_difference)
