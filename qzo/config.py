@@ -17,6 +17,7 @@ from pydantic_core import PydanticCustomError
 
 from qzo.coordinates import BY_FACTORS, Coordinates
 from qzo.errors import ConfigError
+from qzo.estimators import make_estimator
 from qzo.memory import parse_memory
 
 _BYTES_MAX = 2**20
@@ -55,7 +56,12 @@ class ZOConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    estimator: Literal["spsa", "per_example"] = "per_example"
+    estimator: Literal["spsa", "one_sided", "fzoo", "rloo", "per_example", "spsa_1_5"] = (
+        "per_example"
+    )
+    examples_per_direction: Int = Field(default=1, ge=1)  # per_example: examples that share one
+    sides: Literal["two", "leave_one_out"] = "two"  # per_example: where a group is evaluated
+    basis_steps: Int | None = Field(default=None, ge=1)  # steps whose directions share a basis
     coordinates: Coordinates = "row"
     direction: Literal["rademacher", "gaussian"] = "rademacher"
     epsilon: Float = Field(default=1e-2, gt=0)
@@ -123,16 +129,39 @@ class Recipe(BaseModel):
 
     zo: ZOConfig = ZOConfig()
 
+    @property
+    def estimator_settings(self) -> dict[str, Any]:
+        """The arguments of the estimator."""
+        zo = self.zo
+        names = ("epsilon", "num_directions", "max_loss_difference", "basis_steps")
+        settings = {"seed": self.seed, **{name: getattr(zo, name) for name in names}}
+        if zo.estimator != "per_example":
+            return settings
+        num_examples = self.per_device_train_batch_size * self.gradient_accumulation_steps
+        own = {"examples_per_direction": zo.examples_per_direction, "sides": zo.sides}
+        return {
+            **settings,
+            **own,
+            "num_examples": num_examples,
+            "is_normalized": zo.normalize,
+        }
+
 
 # What an estimator takes if the recipe names no learning rate: their steps differ in length.
 # per_example, normalised: recipes/LOG.md; absolute: the QZO paper; the others were not tuned.
+_SPSA_RATES = {"row": 3e-3, "column": 1e-2, "rank_one": 3e-3, "relative": 1e-3, "absolute": 1e-7}
 _LEARNING_RATES = {
     ("per_example", "row"): 5e-2,
     ("per_example", "column"): 5e-2,
     ("per_example", "rank_one"): 5e-2,
-    ("spsa", "row"): 3e-3,
-    ("spsa", "relative"): 1e-3,
-    ("spsa", "absolute"): 1e-7,
+    ("fzoo", "row"): 5e-4,  # its derivatives are about 1 / epsilon
+    ("fzoo", "relative"): 2e-4,
+    ("fzoo", "absolute"): 1e-8,
+    **{
+        (name, coordinates): rate
+        for name in ("spsa", "one_sided", "rloo", "spsa_1_5")
+        for coordinates, rate in _SPSA_RATES.items()
+    },
 }
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -264,8 +293,16 @@ def _check_together(values: Recipe) -> None:
             f"zo.estimator: expected 'spsa' in {values.zo.coordinates!r} coordinates, got "
             f"'per_example', which needs one of {', '.join(BY_FACTORS)}"
         )
-    if values.zo.estimator == "per_example" and values.zo.num_directions != 1:
-        raise ConfigError(
-            "zo.num_directions: expected 1 with 'per_example', which has one direction per "
-            f"example, got {values.zo.num_directions}"
-        )
+    _check_estimator(values)
+
+
+def _check_estimator(values: Recipe) -> None:
+    zo = values.zo
+    for key in ("examples_per_direction", "sides"):
+        default, got = ZOConfig.model_fields[key].default, getattr(zo, key)
+        if zo.estimator != "per_example" and got != default:
+            raise ConfigError(
+                f"zo.{key}: expected {default!r} with {zo.estimator!r}, got {got!r}; only "
+                "'per_example' reads it"
+            )
+    make_estimator(zo.estimator, values.estimator_settings)  # checks them

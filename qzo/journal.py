@@ -6,8 +6,9 @@ to rebuild the tuned scales, so the journal is the smallest adapter there is.
 
 ``journal.jsonl``: line 1 is the header. A step line is ``{"step", "losses", "derivatives",
 "learning_rate"}``; what is not finite is null. ``derivatives`` are what moved the scales; where the
-clip or the normalisation changed one, ``raw`` holds them as measured. A line ``{"step",
-"fingerprint"}`` holds the sha256 of the master before that step.
+clip or the normalisation changed one, ``raw`` holds them as measured. Where the estimator measures
+curvatures, ``curvatures`` holds one per derivative. A line ``{"step", "fingerprint"}`` holds the
+sha256 of the master before that step.
 
 The compact form, ``journal.safetensors``, holds what a replay needs and no more: 16 bytes for a
 step of one direction. See ``write_compact``.
@@ -23,12 +24,13 @@ from pathlib import Path
 from typing import Any, Protocol, get_args, runtime_checkable
 
 import torch
+from torch import Tensor
 
 from qzo.coordinates import Coordinates
 from qzo.directions import DirectionName
 from qzo.errors import CheckpointError
 from qzo.files import WriteError, new_file, parse_json, write_bytes
-from qzo.probes import DirectionalDerivative, direction_seed
+from qzo.probes import DirectionalDerivative, basis_seed, direction_seed
 from qzo.tensor_files import TensorFiles, write_safetensors
 
 NAME = "journal.jsonl"
@@ -46,12 +48,16 @@ _HEADER_TYPES: dict[str, type] = {
 
 @dataclass(frozen=True)
 class Step:
-    """One step; a loss or derivative that is not finite is None. The compact form has no losses."""
+    """One step; a loss, derivative or curvature that is not finite is None.
+
+    The compact form has no losses. Where the estimator measures no curvatures there are none.
+    """
 
     step: int
     losses: tuple[float | None, ...]
     derivatives: tuple[float | None, ...]
     learning_rate: float
+    curvatures: tuple[float | None, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -165,6 +171,10 @@ class Journal:
         raw = [_finite_or_none(d.raw) for d in derivatives]
         if raw != line["derivatives"]:
             line["raw"] = raw
+        curvatures = [d.curvature for d in derivatives if d.curvature is not None]
+        if curvatures:
+            assert len(curvatures) == len(derivatives)
+            line["curvatures"] = [_finite_or_none(curvature) for curvature in curvatures]
         self._num_unsynced += 1
         self._write(line, is_synced=self._num_unsynced >= self.sync_steps)
         self.next_step = step + 1
@@ -225,19 +235,22 @@ class CompactJournal:
         self.next_step = len(self._rates)
         if len(self._derivatives) != len(self._rates) or len(self._marked) != len(self._digests):
             raise CheckpointError(f"{path}: expected tensors of as many steps, got others")
+        self._curvatures = _compact_curvatures(tensors, path, self._derivatives)
         if not bool(self._rates.isfinite().all()):
             raise CheckpointError(f"{path}: learning_rates: expected finite numbers")
 
     def records(self) -> Iterator[Step | Fingerprint]:
         """Yield what it holds, in order."""
         marked = dict(zip(self._marked.tolist(), self._digests, strict=True))
-        for step, (derivatives, rate) in enumerate(
-            zip(self._derivatives, self._rates.tolist(), strict=True)
-        ):
+        steps = zip(self._derivatives, self._rates.tolist(), self._curvatures, strict=True)
+        for step, (derivatives, rate, curvatures) in enumerate(steps):
             if step in marked:
                 yield Fingerprint(step, bytes(marked[step].tolist()).hex())
-            values = tuple(_finite_or_none(value) for value in derivatives.tolist())
-            yield Step(step, (), values, rate)
+            values, bends = (
+                tuple(_finite_or_none(value) for value in row.tolist())
+                for row in (derivatives, curvatures)
+            )
+            yield Step(step, (), values, rate, bends)
         if self.next_step in marked:
             yield Fingerprint(self.next_step, bytes(marked[self.next_step].tolist()).hex())
 
@@ -250,12 +263,29 @@ _COMPACT_TENSORS = {
 }
 
 
+def _compact_curvatures(tensors: TensorFiles, path: Path, derivatives: Tensor) -> Tensor:
+    """Return the curvatures, as wide as the derivatives; without columns where there are none.
+
+    Raises:
+        CheckpointError: The tensor has another type or shape.
+    """
+    if "curvatures" not in tensors.files:
+        return derivatives[:, :0]
+    got = tensors["curvatures"]
+    if (got.dtype, got.shape) != (derivatives.dtype, derivatives.shape):
+        raise CheckpointError(
+            f"{path}: curvatures: expected a tensor of {derivatives.dtype} with the shape of the "
+            f"derivatives, {tuple(derivatives.shape)}, got {(got.dtype, tuple(got.shape))}"
+        )
+    return got
+
+
 def write_compact(journal: Record, path: Path) -> None:
     """Write the compact form of a journal: everything but the losses and the raw derivatives.
 
     A safetensors file with ``derivatives`` (F64, steps x directions; NaN where there is none),
-    ``learning_rates`` (F64), ``fingerprint_steps`` (I64), ``fingerprints`` (U8, n x 32), and the
-    header in its metadata.
+    ``learning_rates`` (F64), ``fingerprint_steps`` (I64), ``fingerprints`` (U8, n x 32), where
+    there are any ``curvatures`` (like the derivatives), and the header in its metadata.
 
     Raises:
         CheckpointError: Steps have different numbers of directions.
@@ -263,21 +293,26 @@ def write_compact(journal: Record, path: Path) -> None:
     records = list(journal.records())
     steps = [record for record in records if isinstance(record, Step)]
     marks = [record for record in records if isinstance(record, Fingerprint)]
-    if len({len(step.derivatives) for step in steps}) > 1:
+    if len({(len(step.derivatives), len(step.curvatures)) for step in steps}) > 1:
         raise CheckpointError(f"{journal.path}: expected as many directions in every step")
-    rows = [[math.nan if d is None else d for d in step.derivatives] for step in steps]
     digests = [list(bytes.fromhex(mark.sha256)) for mark in marks]
     tensors = {
-        "derivatives": torch.tensor(rows, dtype=torch.float64).view(
-            len(rows), len(rows[0]) if rows else 0
-        ),
+        "derivatives": _rows([step.derivatives for step in steps]),
         "learning_rates": torch.tensor([s.learning_rate for s in steps], dtype=torch.float64),
         "fingerprint_steps": torch.tensor([mark.step for mark in marks], dtype=torch.int64),
         "fingerprints": torch.tensor(digests, dtype=torch.uint8).view(len(marks), 32),
     }
+    if any(step.curvatures for step in steps):
+        tensors["curvatures"] = _rows([step.curvatures for step in steps])
     header = json.dumps(journal.header, separators=(",", ":"), allow_nan=False)
     with new_file(path) as partial:
         write_safetensors(partial, tensors.items(), {"header": header})
+
+
+def _rows(rows: Sequence[Sequence[float | None]]) -> Tensor:
+    numbers = [[math.nan if value is None else value for value in row] for row in rows]
+    width = len(numbers[0]) if numbers else 0
+    return torch.tensor(numbers, dtype=torch.float64).view(len(numbers), width)
 
 
 def open_record(path: Path) -> Record:
@@ -289,11 +324,29 @@ def open_record(path: Path) -> Record:
     return Journal.open(path / NAME)
 
 
-def derivatives_of(record: Step, run_seed: int) -> list[DirectionalDerivative]:
-    """Return the finite derivatives of a step with their seeds."""
+def derivatives_of(
+    record: Step, run_seed: int, basis_steps: int | None = None
+) -> list[DirectionalDerivative]:
+    """Return the finite derivatives of a step with their seeds, curvatures and basis.
+
+    Args:
+        record: The step.
+        run_seed: ``seed`` of the header.
+        basis_steps: ``basis_steps`` of the header; None where it has none.
+    """
+    basis = 0 if basis_steps is None else basis_seed(run_seed, record.step, basis_steps)
+    curvatures = record.curvatures or (None,) * len(record.derivatives)
     return [
-        DirectionalDerivative(direction_seed(run_seed, record.step, number), value, value)
-        for number, value in enumerate(record.derivatives)
+        DirectionalDerivative(
+            direction_seed(run_seed, record.step, number),
+            value,
+            value,
+            curvature=curvature,
+            basis=basis,
+        )
+        for number, (value, curvature) in enumerate(
+            zip(record.derivatives, curvatures, strict=True)
+        )
         if value is not None
     ]
 
@@ -344,6 +397,12 @@ def _header(path: Path, lines: Sequence[bytes]) -> dict[str, Any]:
             )
     if not all(isinstance(layer, str) for layer in header["layers"]):
         raise CheckpointError(f"{path}: line 1: expected names of layers, got something else")
+    basis_steps = header.get("basis_steps")
+    if basis_steps is not None and not (type(basis_steps) is int and basis_steps > 0):
+        raise CheckpointError(
+            f"{path}: line 1: expected basis_steps to be a number above 0 or null, got "
+            f"{basis_steps!r}"
+        )
     if not 0 <= header["seed"] < 2**63:
         raise CheckpointError(f"{path}: line 1: expected a seed of 63 bits, got {header['seed']}")
     return header
@@ -385,7 +444,28 @@ def _step(path: Path, number: int, value: Mapping[str, Any]) -> Step:
     assert isinstance(losses, list)
     assert isinstance(derivatives, list)
     assert isinstance(learning_rate, int | float)
-    return Step(int(value["step"]), tuple(losses), tuple(derivatives), learning_rate)
+    curvatures = _curvatures(path, number, value, len(derivatives))
+    return Step(int(value["step"]), tuple(losses), tuple(derivatives), learning_rate, curvatures)
+
+
+def _curvatures(
+    path: Path, number: int, value: Mapping[str, Any], count: int
+) -> tuple[float | None, ...]:
+    """Return the curvatures of a step line, if it has them.
+
+    Raises:
+        CheckpointError: They are not numbers, or not as many as there are derivatives.
+    """
+    if "curvatures" not in value:
+        return ()
+    entries = value["curvatures"]
+    is_list = isinstance(entries, list) and len(entries) == count
+    if not (is_list and all(entry is None or _is_number(entry) for entry in entries)):
+        raise CheckpointError(
+            f"{path}: line {number}: expected {count} curvatures, one per derivative, got "
+            "something else"
+        )
+    return tuple(entries)
 
 
 def _is_sha256(value: object) -> bool:

@@ -65,9 +65,9 @@ def direction_seed(run_seed: int, step: int, number: int) -> int:
 
 
 # Numbers of directions are below it; the seed of a basis takes the last number of its first step.
-_BASIS_NUMBER = 2**24 - 1
+BASIS_NUMBER = 2**24 - 1
 
 
 def basis_seed(run_seed: int, step: int, basis_steps: int) -> int:
     """Return the seed of what the directions of ``basis_steps`` consecutive steps share."""
-    return direction_seed(run_seed, step // basis_steps, _BASIS_NUMBER)
+    return direction_seed(run_seed, step // basis_steps, BASIS_NUMBER)

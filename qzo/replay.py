@@ -124,7 +124,7 @@ def apply_journal(
     Raises:
         CheckpointError: A fingerprint differs, or the journal ends before ``to_step``.
     """
-    step, checked = from_step, 0
+    header, step, checked = journal.header, from_step, 0
     for record in journal.records():
         if record.step < from_step:
             continue
@@ -134,7 +134,8 @@ def apply_journal(
             continue
         if to_step is not None and record.step >= to_step:
             break
-        optimizer.step(scales, derivatives_of(record, journal.header["seed"]), record.learning_rate)
+        derivatives = derivatives_of(record, header["seed"], header.get("basis_steps"))
+        optimizer.step(scales, derivatives, record.learning_rate)
         step = record.step + 1
     if to_step is not None and step != to_step:
         raise CheckpointError(

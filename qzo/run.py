@@ -12,6 +12,7 @@ from qzo.card import model_card
 from qzo.checkpoint import Checkpoint, open_checkpoint
 from qzo.config import Recipe
 from qzo.errors import ConfigError
+from qzo.estimators import evaluations_per_example
 from qzo.examples import ExampleSet, read_set, split_records
 from qzo.files import read_json, write_bytes
 from qzo.interrupts import explained_bus_errors
@@ -21,7 +22,7 @@ from qzo.planner import plan
 from qzo.plot import plot_run
 from qzo.ranks import Ranks
 from qzo.streaming import Budget, available_bytes
-from qzo.trainer import Result, Trainer
+from qzo.trainer import Result, Trainer, make_estimator
 
 _SMALL = 0.5  # of the memory: a checkpoint that is smaller is not planned before it is loaded
 
@@ -137,7 +138,8 @@ def _planned_bytes(
 ) -> tuple[int, int]:
     """Return what can stream, and all the other memory of a run with these examples."""
     zo = recipe.zo
-    probes = 2 * (zo.num_directions if zo.estimator == "spsa" else 1)
+    num_examples = recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps
+    probes = evaluations_per_example(make_estimator(recipe), num_examples)
     rows = probes * _most_rows(sets[0]) * recipe.per_device_train_batch_size
     for data in sets[1:]:
         rows = max(rows, _most_rows(data) * recipe.per_device_eval_batch_size)

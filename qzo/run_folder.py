@@ -55,6 +55,7 @@ def header_of(
         "optimizer": config.zo.optimizer,
         "optimizer_settings": config.zo.optimizer_settings,
         "seed": config.seed,
+        "basis_steps": config.zo.basis_steps,
         "recipe": config.model_dump(mode="json"),
     }
 
@@ -163,8 +164,17 @@ def _check_same(
     for key, message in compared.items():
         if old.get(key) != new[key]:
             raise CheckpointError(f"{message} that of {whose}")
-    for key, want, got in _differing(old["recipe"], new["recipe"], free):
+    for key, want, got in _differing(_with_defaults(old["recipe"]), new["recipe"], free):
         raise ConfigError(f"{key}: expected {want!r} as in {whose}, got {got!r}")
+
+
+def _with_defaults(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Fill in the keys that were not there yet when a journal was begun."""
+    defaults = Recipe(model="", output_dir="").model_dump(mode="json")
+    filled = {**defaults, **recipe}
+    if isinstance(filled["zo"], dict):
+        filled["zo"] = {**defaults["zo"], **filled["zo"]}
+    return filled
 
 
 def _differing(

@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
 
+from qzo import estimators
 from qzo.adapter import (
     Snapshot,
     apply_adapter,
@@ -31,7 +32,7 @@ from qzo.callbacks import Events
 from qzo.config import Recipe
 from qzo.encoding import EncodedExample
 from qzo.errors import ConfigError, DataError, QZOError
-from qzo.estimators import SPSA, Estimator, PerExampleSPSA
+from qzo.estimators import Estimator
 from qzo.evaluate import Evaluation, evaluate
 from qzo.examples import ExampleSet, from_encoded, from_records
 from qzo.files import locked, new_folder, remove
@@ -435,19 +436,4 @@ class Trainer:
 
 def make_estimator(config: Recipe) -> Estimator:
     """Return the estimator of a recipe."""
-    zo = config.zo
-    if zo.estimator == "per_example":
-        num_examples = config.per_device_train_batch_size * config.gradient_accumulation_steps
-        return PerExampleSPSA(
-            zo.epsilon,
-            config.seed,
-            num_directions=num_examples,
-            max_loss_difference=zo.max_loss_difference,
-            is_normalized=zo.normalize,
-        )
-    return SPSA(
-        zo.epsilon,
-        config.seed,
-        num_directions=zo.num_directions,
-        max_loss_difference=zo.max_loss_difference,
-    )
+    return estimators.make_estimator(config.zo.estimator, config.estimator_settings)

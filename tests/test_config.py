@@ -189,8 +189,26 @@ def test_a_recipe_needs_no_data_where_the_trainer_is_given_examples() -> None:
             "than 0, got 0"),
         ({"zo": {"coordinates": "relative"}}, "zo.estimator: expected 'spsa' in 'relative' "
             "coordinates, got 'per_example', which needs one of row, column, rank_one"),
-        ({"zo": {"num_directions": 2}}, "zo.num_directions: expected 1 with 'per_example', which "
-            "has one direction per example, got 2"),
+        ({"zo": {"estimator": "mezo"}}, "zo.estimator: expected 'spsa', 'one_sided', 'fzoo', "
+            "'rloo', 'per_example' or 'spsa_1_5', got 'mezo'"),
+        ({"zo": {"estimator": "fzoo"}}, "zo.num_directions: expected at least 2 with 'fzoo', which "
+            "compares the losses of directions, got 1"),
+        ({"zo": {"estimator": "rloo"}}, "zo.num_directions: expected at least 2 with 'rloo', which "
+            "compares the losses of directions, got 1"),
+        ({"zo": {"sides": "leave_one_out"}}, "zo.num_directions: expected at least 2 with "
+            "'leave_one_out', which compares the losses of directions, got 1"),
+        ({"zo": {"sides": "one"}}, "zo.sides: expected 'two' or 'leave_one_out', got 'one'"),
+        ({"zo": {"estimator": "spsa", "sides": "leave_one_out"}}, "zo.sides: expected 'two' with "
+            "'spsa', got 'leave_one_out'; only 'per_example' reads it"),
+        ({"zo": {"estimator": "rloo", "examples_per_direction": 2}}, "zo.examples_per_direction: "
+            "expected 1 with 'rloo', got 2; only 'per_example' reads it"),
+        ({"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2,
+          "zo": {"examples_per_direction": 4}}, "zo.examples_per_direction: expected a number that "
+            "divides the 6 examples of a step, got 4"),
+        ({"zo": {"num_directions": 2**20}}, "zo.num_directions: expected fewer than 16777215 "
+            "directions in a step, got 16777216"),
+        ({"zo": {"basis_steps": 0}}, "zo.basis_steps: expected a number greater than or equal to "
+            "1, got 0"),
     ],
 )  # fmt: skip
 def test_values_that_cannot_be_used_name_their_key(keys: dict[str, Any], message: str) -> None:

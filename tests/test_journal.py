@@ -22,7 +22,7 @@ from qzo.journal import (
     open_record,
     write_compact,
 )
-from qzo.probes import DirectionalDerivative, direction_seed
+from qzo.probes import DirectionalDerivative, basis_seed, direction_seed
 
 HEADER: dict[str, Any] = {
     **{"base": "/models/base", "codes_sha256": "c0", "scales_sha256": "5c", "seed": 7},
@@ -336,6 +336,95 @@ def test_seeds_follow_from_the_place_of_a_derivative() -> None:
         (direction_seed(9, 5, 0), 0.5),
         (direction_seed(9, 5, 2), -2.0),
     ]
+
+
+# --- curvatures and the basis ----------------------------------------------------------------
+
+
+@pytest.fixture
+def curved(tmp_path: Path) -> Path:
+    """A journal of two steps with curvatures."""
+    journal = Journal.create(tmp_path / "curved.jsonl", lambda: {**HEADER, "basis_steps": 2})
+    rows = [[(0.5, 3.0), (-1.0, -0.25)], [(math.nan, math.nan), (2.0, 1 / 3)]]
+    for step, row in enumerate(rows):
+        pairs = [DirectionalDerivative(0, d, d, curvature=c) for d, c in row]
+        journal.append(step, [1.0], pairs, 0.5)
+    return journal.path
+
+
+CURVED = [(0.5, -1.0), (None, 2.0)], [(3.0, -0.25), (None, 1 / 3)]
+
+
+def test_a_step_line_holds_the_curvatures(curved: Path) -> None:
+    assert [line["curvatures"] for line in json_lines(curved)[1:]] == [[3.0, -0.25], [None, 1 / 3]]
+
+    steps = [record for record in Journal.open(curved).records() if isinstance(record, Step)]
+
+    assert ([s.derivatives for s in steps], [s.curvatures for s in steps]) == CURVED
+
+
+def test_the_compact_form_holds_the_curvatures(curved: Path, tmp_path: Path) -> None:
+    write_compact(Journal.open(curved), tmp_path / "small.safetensors")
+    compact = open_record(tmp_path / "small.safetensors")
+
+    steps = [record for record in compact.records() if isinstance(record, Step)]
+    assert ([s.derivatives for s in steps], [s.curvatures for s in steps]) == CURVED
+    assert compact.header["basis_steps"] == 2
+
+
+def test_the_compact_form_without_curvatures_has_no_tensor_for_them(tmp_path: Path) -> None:
+    path = tmp_path / "small.safetensors"
+    write_compact(Journal.open(marked(tmp_path / "journal.jsonl")), path)
+
+    with safe_open(path, "pt") as file:
+        assert "curvatures" not in file.keys()  # noqa: SIM118  # not a mapping
+
+
+def test_curvatures_of_another_shape_are_refused(curved: Path, tmp_path: Path) -> None:
+    path = tmp_path / "small.safetensors"
+    write_compact(Journal.open(curved), path)
+    with safe_open(path, "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        metadata = file.metadata()
+    save_file({**tensors, "curvatures": torch.zeros(2, 3, dtype=torch.float64)}, path, metadata)
+
+    with refusal(
+        path,
+        "curvatures: expected a tensor of torch.float64 with the shape of the derivatives, "
+        "(2, 2), got (torch.float64, (2, 3))",
+    ):
+        CompactJournal(path)
+
+
+@pytest.mark.parametrize("bad", [[1.0], 3, [1.0, "x"], [1.0, True], None])
+def test_curvatures_that_are_none_are_refused(curved: Path, bad: Any) -> None:
+    line = {**json_lines(curved)[1], "curvatures": bad}
+    damaged(curved, 2, json.dumps(line))
+
+    with refusal(curved, "line 2: expected 2 curvatures, one per derivative, got something else"):
+        Journal.open(curved)
+
+
+@pytest.mark.parametrize("bad", [0, -1, 1.5, True, "2"])
+def test_basis_steps_that_are_no_number_are_refused(path: Path, bad: Any) -> None:
+    header = {"format": "qzo-journal", "version": 1, **HEADER, "basis_steps": bad}
+    damaged(path, 1, json.dumps(header))
+
+    with refusal(path, f"line 1: expected basis_steps to be a number above 0 or null, got {bad!r}"):
+        Journal.open(path)
+
+
+def test_curvature_and_basis_follow_the_derivatives() -> None:
+    record = Step(5, (), (0.5, None, -2.0), 0.1, (3.0, None, 0.25))
+
+    derivatives = derivatives_of(record, run_seed=9, basis_steps=2)
+
+    assert [(d.value, d.curvature, d.basis) for d in derivatives] == [
+        (0.5, 3.0, basis_seed(9, 5, 2)),
+        (-2.0, 0.25, basis_seed(9, 5, 2)),
+    ]
+    plain = derivatives_of(Step(5, (), (0.5,), 0.1), run_seed=9)
+    assert [(d.curvature, d.basis) for d in plain] == [(None, 0)]
 
 
 def test_a_line_that_cannot_be_synced_is_taken_back(

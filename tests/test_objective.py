@@ -155,7 +155,7 @@ def test_a_probe_per_example_is_a_loop_over_the_examples(
     )
     batch = made.batch(0)
     examples = [example for part in batch for example in part]
-    probes = PerExampleSPSA(0.02, 0, num_directions=len(examples)).ask(0)
+    probes = PerExampleSPSA(0.02, 0, num_examples=len(examples)).ask(0)
 
     losses = made.losses(probes, batch)
 

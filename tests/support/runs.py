@@ -49,6 +49,16 @@ ESTIMATORS: dict[str, dict[str, Any]] = {
 }
 """A ``zo`` block for every kind of coordinates, and for every optimizer with a state."""
 
+MORE_ESTIMATORS: dict[str, dict[str, Any]] = {
+    "one_sided": {"estimator": "one_sided", "num_directions": 2},
+    "fzoo": {"estimator": "fzoo", "num_directions": 2, "max_loss_difference": 0.01},
+    "rloo": {"estimator": "rloo", "num_directions": 2, "coordinates": "relative"},
+    "pairs": {"num_directions": 2, "examples_per_direction": 2},
+    "leave_one_out": {"num_directions": 2, "sides": "leave_one_out", "basis_steps": 2},
+    "spsa_1_5": {"estimator": "spsa_1_5", "optimizer": "momentum", "num_directions": 2},
+}
+"""A ``zo`` block for every other estimator that a recipe can name."""
+
 
 def write_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """Write a tokenizer with one token per character and a beginning-of-text token."""
