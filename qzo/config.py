@@ -167,8 +167,7 @@ class _Loader(yaml.SafeLoader):
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a YAML recipe and apply ``key=value`` overrides (``zo.epsilon=0.01``).
 
-    Raises:
-        ConfigError: The file or a value cannot be used; the message names the key.
+    A file or value that cannot be used is a ConfigError that names the key.
     """
     values = read_keys(path)
     for override in overrides:

@@ -26,11 +26,12 @@ from qzo.probes import forwards_of
 from qzo.run import train
 from qzo.run_folder import differing
 from qzo.tasks import examples_from_file, load_task
-from qzo.trainer import DivergedError, make_estimator
+from qzo.trainer import DivergedError, StoppedError, make_estimator
 
 RECORD_NAME = "cell.json"
 
 _FREE = {"output_dir", "resume_from_checkpoint", "report_to"}
+_TUNING = "tuning"  # folder of held-out examples
 _HOLD_OUT_SEED = 0
 _PART_HELD_OUT = 10  # of the training examples at most one in so many
 
@@ -110,14 +111,14 @@ def make_cell(
     keys = with_keys(task.fragment, method.fragment, method.points[point], tuning_data or {}, own)
     budget = suite.forwards if tuning_data is None else suite.tuning_forwards
     try:
-        draft = recipe(keys)
-        cost = forwards_per_step(draft, task)
-        if cost > budget:
-            raise ConfigError(
-                f"forwards: expected at least those of one step, {cost:g}, got {budget}"
-            )
+        cost = forwards_per_step(recipe(keys), task)
     except ConfigError as error:
         raise ConfigError(f"{task.name}, {method.name}, {point}: {error}") from error
+    if cost > budget:
+        raise ConfigError(
+            f"{task.name}, {method.name}, {point}: forwards: expected at least those of one step, "
+            f"{cost:g}, got {budget}"
+        )
     steps = _steps(budget, cost)
     points = suite.eval_forwards if tuning_data is None else ()
     evaluated = sorted({_steps(count, cost) for count in points} - {0})
@@ -157,7 +158,7 @@ def write_tuning_data(suite: Suite, folder: Path, task: TaskEntry) -> dict[str, 
             f"which some are held out for tuning, got {len(records)}; name tuning_eval_data"
         )
     train_part, held_out = hold_out(records, num_eval=num_eval, seed=_HOLD_OUT_SEED)
-    place = folder / "tuning" / task.name
+    place = folder / _TUNING / task.name
     place.mkdir(parents=True, exist_ok=True)
     for name, part in (("train", train_part), ("held-out", held_out)):
         lines = "".join(json.dumps(record) + "\n" for record in part)
@@ -183,8 +184,7 @@ def check_unchanged(cell: Cell) -> None:
     path = cell.folder / "recipe.yaml"
     if not path.exists():
         return
-    old = recipe(read_keys(path)).model_dump(mode="json")
-    new = cell.recipe.model_dump(mode="json")
+    old, new = _comparable(recipe(read_keys(path))), _comparable(cell.recipe)
     found = {key: (want, got) for key, want, got in differing(old, new, _FREE)}
     if not found:
         return
@@ -195,18 +195,35 @@ def check_unchanged(cell: Cell) -> None:
     )
 
 
+def _comparable(config: Recipe) -> dict[str, Any]:
+    """Return the keys of a recipe; data that were held out are named apart from their folder."""
+    keys = config.model_dump(mode="json")
+    for key in ("data", "eval_data"):
+        parts = Path(keys[key] or "").parts[-3:]
+        if parts and parts[0] == _TUNING:
+            keys[key] = "/".join(parts)
+    return keys
+
+
 def run_cell(cell: Cell, on_step: Callable[[int], None]) -> None:
     """Run a cell, or go on with it; what diverges is noted.
 
     Args:
         cell: Not done yet.
         on_step: Called with the number of steps done.
+
+    Raises:
+        StoppedError: A signal asked for the end.
     """
     clock, message = StepClock(on_step), None
     try:
         train(cell.recipe, [clock])
     except (DivergedError, FormatError) as error:  # FormatError: scales outgrew the file's dtype
         message = str(error)
+    except StoppedError as error:
+        raise StoppedError(
+            f"stopped by a signal in {cell.folder}; the same command goes on from there"
+        ) from error
     note = {"message": message, "seconds": clock.seconds, "timed_steps": clock.num_steps}
     write_json(cell.folder / RECORD_NAME, note)
 
@@ -219,7 +236,8 @@ def measured(cell: Cell, target_loss: float | None) -> dict[str, Any]:
         target_loss: The loss whose forwards are counted, if any.
     """
     path = cell.folder / RECORD_NAME
-    note = read_json(path) if path.exists() else {"message": None, "seconds": 0, "timed_steps": 0}
+    untimed: dict[str, Any] = {"message": None, "seconds": 0.0, "timed_steps": 0}
+    note = read_json(path) if path.exists() else untimed
     curve = _curve(cell)
     final = next((p for p in curve if p["step"] == cell.recipe.max_steps), None)
     message = note["message"]

@@ -8,9 +8,13 @@ from typing import Any
 
 from qzo.files import new_file, write_bytes, write_json
 
-_STYLE = """body { font: 15px/1.5 system-ui, sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em; }
-table { border-collapse: collapse; } td, th { border: 1px solid #bbb; padding: .2em .6em; text-align: left; }
-img { max-width: 100%; } pre { background: #f4f4f4; padding: 1em; overflow: auto; }"""
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em; }
+table { border-collapse: collapse; }
+td, th { border: 1px solid #bbb; padding: .2em .6em; text-align: left; }
+img { max-width: 100%; }
+pre { background: #f4f4f4; padding: 1em; overflow: auto; }
+"""
 _TITLE = "Loss reached per forward"
 _DIVERGED = "diverged"
 

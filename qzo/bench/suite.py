@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qzo.config import Count, Float, Int, read_keys, recipe
@@ -299,7 +298,11 @@ def _first_problem(error: ValidationError, model: type[BaseModel]) -> str:
         return f"{key}: expected this key in the suite, not found"
     if problem["type"] == "extra_forbidden":
         return f"{key}: unknown key; {_nearest(key, model.model_fields)}"
+    if problem["type"] == "too_short":
+        return f"{key}: expected at least one, got {problem['input']!r}"
     expected = problem["msg"].removeprefix("Input should be ")
+    if expected.startswith(("greater", "less")):
+        expected = f"a number {expected}"
     return f"{key}: expected {expected}, got {problem['input']!r}"
 
 
