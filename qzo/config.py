@@ -49,6 +49,7 @@ def _no_truth(value: Any) -> Any:
 
 Int = Annotated[int, BeforeValidator(_no_truth)]
 Float = Annotated[float, BeforeValidator(_no_truth)]
+Count = Annotated[Int, Field(ge=1)]
 
 
 class ZOConfig(BaseModel):
@@ -113,7 +114,7 @@ class Recipe(BaseModel):
     num_eval_examples: Int = Field(default=500, ge=0)
 
     logging_steps: Int = Field(default=10, ge=1)
-    eval_steps: Int | None = Field(default=None, ge=1)
+    eval_steps: Count | tuple[Count, ...] | None = None  # every so many, or after these
     save_steps: Int = Field(default=500, ge=1)
     save_total_limit: Int = Field(default=2, ge=1)
     load_best_model_at_end: bool = True
@@ -145,6 +146,12 @@ class Recipe(BaseModel):
             "num_examples": num_examples,
             "is_normalized": zo.normalize,
         }
+
+    def evaluates_at(self, step: int) -> bool:
+        """Tell whether ``eval_steps`` names this number of steps."""
+        if isinstance(self.eval_steps, tuple):
+            return step in self.eval_steps
+        return self.eval_steps is not None and step % self.eval_steps == 0
 
 
 # What an estimator takes if the recipe names no learning rate: their steps differ in length.
@@ -194,8 +201,19 @@ class _Loader(yaml.SafeLoader):
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a YAML recipe and apply ``key=value`` overrides (``zo.epsilon=0.01``).
 
+    A file or value that cannot be used is a ConfigError that names the key.
+    """
+    values = read_keys(path)
+    for override in overrides:
+        _set(values, override)
+    return recipe(values)
+
+
+def read_keys(path: Path) -> dict[str, Any]:
+    """Read a YAML file that holds keys and values.
+
     Raises:
-        ConfigError: The file or a value cannot be used; the message names the key.
+        ConfigError: It cannot be read, or holds something else.
     """
     try:
         if path.stat().st_size > _BYTES_MAX:
@@ -210,9 +228,7 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     for key in values:
         if not isinstance(key, str):
             raise ConfigError(f"{path}: expected names as keys, got {key!r}")
-    for override in overrides:
-        _set(values, override)
-    return recipe(values)
+    return values
 
 
 def recipe(values: Mapping[str, Any]) -> Recipe:

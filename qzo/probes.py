@@ -4,6 +4,7 @@ A probe is the trained vector moved by ``offset`` along the direction of a seed.
 whole batch, or the examples of it that share a direction.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -48,6 +49,19 @@ class DirectionalDerivative:
     is_clipped: bool = False
     curvature: float | None = None
     basis: int = 0
+
+
+def forwards_of(probes: Sequence[Probe], num_examples: int) -> float:
+    """Return what a step costs, in forwards of its whole batch.
+
+    A probe of the whole batch is 1, one of some examples their share.
+
+    Args:
+        probes: Of one step.
+        num_examples: Of the batch, over all micro-batches.
+    """
+    covered = (probe.examples or (0, num_examples) for probe in probes)
+    return sum(stop - first for first, stop in covered) / num_examples
 
 
 def direction_seed(run_seed: int, step: int, number: int) -> int:

@@ -164,7 +164,7 @@ def _check_same(
     for key, message in compared.items():
         if old.get(key) != new[key]:
             raise CheckpointError(f"{message} that of {whose}")
-    for key, want, got in _differing(_with_defaults(old["recipe"]), new["recipe"], free):
+    for key, want, got in differing(_with_defaults(old["recipe"]), new["recipe"], free):
         raise ConfigError(f"{key}: expected {want!r} as in {whose}, got {got!r}")
 
 
@@ -177,13 +177,14 @@ def _with_defaults(recipe: Mapping[str, Any]) -> dict[str, Any]:
     return filled
 
 
-def _differing(
+def differing(
     old: Mapping[str, Any], new: Mapping[str, Any], free: Set[str], prefix: str = ""
 ) -> Iterator[tuple[str, Any, Any]]:
+    """Yield the keys of two recipes that differ, with both values; ``free`` ones are left out."""
     for key in sorted(set(new) - free):
         want, got = old.get(key), new[key]
         if isinstance(want, dict) and isinstance(got, dict):
-            yield from _differing(want, got, free, f"{prefix}{key}.")
+            yield from differing(want, got, free, f"{prefix}{key}.")
         elif want != got:
             yield prefix + key, want, got
 

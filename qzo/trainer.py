@@ -88,6 +88,10 @@ class Result:
         return {**asdict(self), **evaluations}
 
 
+class DivergedError(QZOError):
+    """The loss was not finite too many times in a row."""
+
+
 class StoppedError(QZOError):
     """A signal asked for the end of a run; it can be continued."""
 
@@ -197,7 +201,7 @@ class Trainer:
             skipped += not usable
             skipped_in_a_row = 0 if usable else skipped_in_a_row + 1
             if skipped_in_a_row >= config.zo.max_skipped_steps:
-                raise QZOError(
+                raise DivergedError(
                     f"loss: expected finite values, got none in {skipped_in_a_row} steps in a row "
                     f"up to step {step}; lower learning_rate or zo.epsilon. The journal and the "
                     "scales are intact"
@@ -307,7 +311,7 @@ class Trainer:
         is_due = step % config.logging_steps == 0 or step == config.max_steps
         if is_first and is_due and self.metrics.logged_step < step:
             self._log(step, seconds)
-        if config.eval_steps and step % config.eval_steps == 0 and step < config.max_steps:
+        if config.evaluates_at(step) and step < config.max_steps:
             self._evaluate(step)
         if is_first and step % config.save_steps == 0 and step < config.max_steps:
             self._save(step)

@@ -592,6 +592,13 @@ def test_the_best_scales_are_kept(
     assert qzo.replay(tmp_path / "run").steps == 4
 
 
+def test_a_run_is_evaluated_after_the_steps_of_a_list(base: Path, tmp_path: Path) -> None:
+    tiny_trainer(base, tmp_path / "run", evaluation=EVALUATION, eval_steps=[1, 4]).train()
+
+    lines = json_lines(tmp_path / "run" / "metrics.jsonl")
+    assert [line["step"] for line in lines if "eval_loss" in line] == [0, 1, 4, 6]
+
+
 def test_the_last_scales_are_kept_where_the_recipe_says_so(
     base: Path, tmp_path: Path, eval_losses: Callable[[list[float]], None]
 ) -> None:

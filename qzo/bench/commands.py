@@ -1,5 +1,7 @@
 """The commands under ``qzo bench``."""
 
+import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +20,7 @@ app = typer.Typer(
 )
 
 _GIB = 2**30
+_SILENT_SECONDS = 10
 
 Folder = Annotated[
     Path | None,
@@ -175,6 +178,39 @@ def replay(
     terminal.print(table)
 
 
+@app.command()
+def converge(
+    suite: Annotated[Path, typer.Argument(help="A YAML file; see recipes/converge.")],
+    folder: Annotated[
+        Path | None, typer.Option("--dir", help="Of the results; runs/converge/SUITE if missing.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Of every task, in place of its own.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="The same for data: a folder with a split to evaluate on.")
+    ] = None,
+    as_json: AsJSON = False,
+) -> None:
+    """Compare methods on tasks over several seeds, at an equal number of forwards.
+
+    Each method is tuned on the same number of grid points, on other seeds and other examples than
+    those reported. Called again, it goes on where it was stopped; finished runs are not repeated.
+    Written are results.json, results.md, a plot of every task, index.html, and every run's folder.
+    """
+    from qzo.bench.converge import converge as run
+    from qzo.bench.converge_report import write_report
+    from qzo.bench.suite import read_suite
+
+    place = folder or Path("runs") / "converge" / suite.stem
+    with stdout_for(as_json) as print_json, _spoken(is_silent=as_json) as say:
+        results = run(read_suite(suite, model=model, data=data), place, say)
+        markdown = write_report(results, place)
+        if as_json:
+            print_json(results)
+            return
+    console().print(markdown, soft_wrap=True)
+    console().print(f"written: {place / 'index.html'}", soft_wrap=True)
+
+
 def _numbers(flag: str, text: str) -> tuple[int, ...]:
     """Read ``32,128,512``.
 
@@ -204,6 +240,25 @@ def _synthetic(
 @contextmanager
 def _progress() -> Iterator[Callable[[str], None]]:
     terminal = stderr_console()
+    with terminal.status("starting") as status:
+        yield status.update
+
+
+@contextmanager
+def _spoken(*, is_silent: bool) -> Iterator[Callable[[str], None]]:
+    """Give a function that shows a line; without a terminal, at most one in ten seconds."""
+    terminal = stderr_console()
+    spoken_at = -math.inf
+
+    def say(text: str) -> None:
+        nonlocal spoken_at
+        if not is_silent and time.monotonic() - spoken_at > _SILENT_SECONDS:
+            terminal.print(text, soft_wrap=True)
+            spoken_at = time.monotonic()
+
+    if is_silent or not terminal.is_terminal:
+        yield say
+        return
     with terminal.status("starting") as status:
         yield status.update
 

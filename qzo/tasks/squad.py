@@ -120,8 +120,9 @@ def _answers(record: Record) -> tuple[str, ...]:
     answers = record.get("answers")
     if isinstance(answers, dict):  # on the hub: {"text": [...], "answer_start": [...]}
         texts = answers.get("text", [])
-    else:  # in the files: [{"text": ..., "answer_start": ...}, ...]
-        texts = [answer.get("text") for answer in answers] if isinstance(answers, list) else []
+    else:  # in the files: [{"text": ..., "answer_start": ...}, ...]; in an example: plain texts
+        listed = answers if isinstance(answers, list) else []
+        texts = [answer.get("text") if isinstance(answer, dict) else answer for answer in listed]
     if not texts or not all(isinstance(text, str) for text in texts):
         raise DataError(
             f"answers: expected at least one answer with its text, got {answers!r}; "

@@ -1,0 +1,326 @@
+"""The runs of a suite: each is one of `qzo train`, in a folder of its own, at a number of forwards.
+
+A forward is one pass over a batch of the task's size. A probe of the whole batch costs one, a probe
+of some examples their share of it; a step costs what its probes cost, more where the method's batch
+is larger than the task's.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from quantizers.errors import FormatError
+from qzo.bench.suite import Method, Suite, TaskEntry, with_keys
+from qzo.config import Recipe, read_keys, recipe
+from qzo.data import hold_out, load_records
+from qzo.errors import ConfigError
+from qzo.files import read_json, write_bytes, write_json
+from qzo.metrics import NAME as METRICS_NAME
+from qzo.probes import forwards_of
+from qzo.run import train
+from qzo.run_folder import differing
+from qzo.tasks import examples_from_file, load_task
+from qzo.trainer import DivergedError, StoppedError, make_estimator
+
+RECORD_NAME = "cell.json"
+
+_FREE = {"output_dir", "resume_from_checkpoint", "report_to"}
+_TUNING = "tuning"  # folder of held-out examples
+_HOLD_OUT_SEED = 0
+_PART_HELD_OUT = 10  # of the training examples at most one in so many
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run.
+
+    Attributes:
+        task: Name of its task.
+        method: Name of its method.
+        point: Name of its grid point.
+        seed: Of directions and data order.
+        is_tuning: It serves to choose a grid point.
+        recipe: What the run is told.
+        forwards_per_step: What a step costs.
+    """
+
+    task: str
+    method: str
+    point: str
+    seed: int
+    is_tuning: bool
+    recipe: Recipe
+    forwards_per_step: float
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.recipe.output_dir)
+
+    @property
+    def forwards(self) -> float:
+        """What the run costs."""
+        return self.recipe.max_steps * self.forwards_per_step
+
+    @property
+    def is_done(self) -> bool:
+        """It needs no run any more."""
+        return (self.folder / RECORD_NAME).exists() or self._is_finished
+
+    @property
+    def _is_finished(self) -> bool:
+        return (self.folder / "adapter_config.json").exists()
+
+
+def make_cell(
+    suite: Suite,
+    folder: Path,
+    task: TaskEntry,
+    method: Method,
+    point: str,
+    *,
+    seed: int,
+    tuning_data: Mapping[str, str] | None = None,
+) -> Cell:
+    """Return a cell of a suite.
+
+    Args:
+        suite: The suite.
+        folder: Of all results.
+        task: Its task.
+        method: Its method.
+        point: Name of its grid point.
+        seed: Of directions and data order.
+        tuning_data: Keys of the data of a run that tunes; None for one that is reported.
+
+    Raises:
+        ConfigError: The keys do not go together, or a step costs more than the budget.
+    """
+    place = folder / "cells" / task.name / method.name / point / f"seed-{seed}"
+    own = {
+        **{"output_dir": str(place), "resume_from_checkpoint": True},
+        **{"seed": seed, "data_seed": seed, "load_best_model_at_end": False},
+        "num_eval_examples": suite.num_eval_examples,
+    }
+    keys = with_keys(task.fragment, method.fragment, method.points[point], tuning_data or {}, own)
+    budget = suite.forwards if tuning_data is None else suite.tuning_forwards
+    try:
+        cost = forwards_per_step(recipe(keys), task)
+    except ConfigError as error:
+        raise ConfigError(f"{task.name}, {method.name}, {point}: {error}") from error
+    if cost > budget:
+        raise ConfigError(
+            f"{task.name}, {method.name}, {point}: forwards: expected at least those of one step, "
+            f"{cost:g}, got {budget}"
+        )
+    steps = _steps(budget, cost)
+    points = suite.eval_forwards if tuning_data is None else ()
+    evaluated = sorted({_steps(count, cost) for count in points} - {0})
+    values = {**keys, "max_steps": steps, "eval_steps": evaluated or None}
+    is_tuning = tuning_data is not None
+    return Cell(task.name, method.name, point, seed, is_tuning, recipe(values), cost)
+
+
+def _steps(forwards: int, cost: float) -> int:
+    return math.floor(forwards / cost + 1e-9)  # a cost may be a rounded fraction
+
+
+def forwards_per_step(config: Recipe, task: TaskEntry) -> float:
+    """Return the forwards of a step, counted over batches of the task's size."""
+    own = _examples_of_step(config)
+    usual = _examples_of_step(recipe({**task.fragment, "output_dir": ""}))
+    return forwards_of(make_estimator(config).ask(0), own) * own / usual
+
+
+def _examples_of_step(config: Recipe) -> int:
+    return config.per_device_train_batch_size * config.gradient_accumulation_steps
+
+
+def write_tuning_data(suite: Suite, folder: Path, task: TaskEntry) -> dict[str, str]:
+    """Return the data keys of the runs that tune; training examples are held out into two files.
+
+    Raises:
+        ConfigError: There are too few to hold some out.
+    """
+    if task.tuning_eval_data is not None:
+        return {"eval_data": task.tuning_eval_data}
+    records = _training_records(task.fragment)
+    num_eval = min(suite.num_eval_examples, len(records) // _PART_HELD_OUT)
+    if num_eval == 0:
+        raise ConfigError(
+            f"tasks.{task.name}.data: expected at least {_PART_HELD_OUT} training examples, of "
+            f"which some are held out for tuning, got {len(records)}; name tuning_eval_data"
+        )
+    train_part, held_out = hold_out(records, num_eval=num_eval, seed=_HOLD_OUT_SEED)
+    place = folder / _TUNING / task.name
+    place.mkdir(parents=True, exist_ok=True)
+    for name, part in (("train", train_part), ("held-out", held_out)):
+        lines = "".join(json.dumps(record) + "\n" for record in part)
+        write_bytes(place / f"{name}.jsonl", lines.encode("utf-8"))
+    return {"data": str(place / "train.jsonl"), "eval_data": str(place / "held-out.jsonl")}
+
+
+def _training_records(fragment: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    name, data = fragment.get("task"), fragment.get("data")
+    is_file = data is not None and Path(data).is_file()
+    if name is None:
+        return list(load_records(str(data), None if is_file else "train"))
+    task = load_task(name, None if is_file else data)
+    return examples_from_file(task, str(data)) if is_file else task.examples("train")
+
+
+def check_unchanged(cell: Cell) -> None:
+    """Refuse a cell whose run was told something else.
+
+    Raises:
+        ConfigError: It was; the message names the key.
+    """
+    path = cell.folder / "recipe.yaml"
+    if not path.exists():
+        return
+    old, new = _comparable(recipe(read_keys(path))), _comparable(cell.recipe)
+    found = {key: (want, got) for key, want, got in differing(old, new, _FREE)}
+    if not found:
+        return
+    key = "max_steps" if "max_steps" in found else next(iter(found))
+    raise ConfigError(
+        f"{key}: expected {found[key][0]!r} as in the run in {cell.folder}, got {found[key][1]!r} "
+        "from the suite; choose another --dir, or remove that folder"
+    )
+
+
+def _comparable(config: Recipe) -> dict[str, Any]:
+    """Return the keys of a recipe; data that were held out are named apart from their folder."""
+    keys = config.model_dump(mode="json")
+    for key in ("data", "eval_data"):
+        parts = Path(keys[key] or "").parts[-3:]
+        if parts and parts[0] == _TUNING:
+            keys[key] = "/".join(parts)
+    return keys
+
+
+def run_cell(cell: Cell, on_step: Callable[[int], None]) -> None:
+    """Run a cell, or go on with it; what diverges is noted.
+
+    Args:
+        cell: Not done yet.
+        on_step: Called with the number of steps done.
+
+    Raises:
+        StoppedError: A signal asked for the end.
+    """
+    clock, message = StepClock(on_step), None
+    try:
+        train(cell.recipe, [clock])
+    except (DivergedError, FormatError) as error:  # FormatError: scales outgrew the file's dtype
+        message = str(error)
+    except StoppedError as error:
+        raise StoppedError(
+            f"stopped by a signal in {cell.folder}; the same command goes on from there"
+        ) from error
+    note = {"message": message, "seconds": clock.seconds, "timed_steps": clock.num_steps}
+    write_json(cell.folder / RECORD_NAME, note)
+
+
+def measured(cell: Cell, target_loss: float | None) -> dict[str, Any]:
+    """Return the numbers of a cell that is done, from the files in its folder.
+
+    Args:
+        cell: The cell.
+        target_loss: The loss whose forwards are counted, if any.
+    """
+    path = cell.folder / RECORD_NAME
+    untimed: dict[str, Any] = {"message": None, "seconds": 0.0, "timed_steps": 0}
+    note = read_json(path) if path.exists() else untimed
+    curve = _curve(cell)
+    final = next((p for p in curve if p["step"] == cell.recipe.max_steps), None)
+    message = note["message"]
+    if message is None and (final is None or final["loss"] is None):
+        message = f"evaluation loss: expected a finite value after {cell.recipe.max_steps} steps"
+    timed = note["timed_steps"] * cell.forwards_per_step
+    return {
+        **{"task": cell.task, "method": cell.method, "point": cell.point, "seed": cell.seed},
+        **{"folder": str(cell.folder), "is_tuning": cell.is_tuning},
+        **{"status": "finished" if message is None else "diverged", "message": message},
+        **{"max_steps": cell.recipe.max_steps, "forwards_per_step": cell.forwards_per_step},
+        **{"forwards": cell.forwards, "curve": curve, "final": None if message else final},
+        "seconds_per_forward": note["seconds"] / timed if timed else None,
+        "forwards_to_target": None if target_loss is None else reached(curve, target_loss),
+    }
+
+
+def _curve(cell: Cell) -> list[dict[str, Any]]:
+    """Return step, forwards and results of every evaluation."""
+    path = cell.folder / METRICS_NAME
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    points = [line for line in map(json.loads, lines) if "eval_loss" in line]
+    return [
+        {
+            "step": line["step"],
+            "forwards": line["step"] * cell.forwards_per_step,
+            **{k.removeprefix("eval_"): v for k, v in line.items() if k.startswith("eval_")},
+        }
+        for line in points
+    ]
+
+
+def reached(curve: list[dict[str, Any]], target_loss: float) -> float | None:
+    """Return the forwards at which a loss was reached; None if it was not.
+
+    That is where the line from the point before to the first evaluation at or below it crosses it.
+    """
+    before: tuple[float, float] | None = None
+    for point in curve:
+        forwards, loss = point["forwards"], point["loss"]
+        if loss is None:
+            before = None
+        elif loss <= target_loss:
+            if before is None:
+                return float(forwards)
+            part = (before[1] - target_loss) / (before[1] - loss)
+            return float(before[0] + part * (forwards - before[0]))
+        else:
+            before = (forwards, loss)
+    return None
+
+
+class StepClock(TrainerCallback):
+    """Adds up the time of steps: losses, journal and update, without evaluations.
+
+    Args:
+        on_step: Called with the number of steps done.
+    """
+
+    def __init__(self, on_step: Callable[[int], None]) -> None:
+        self.seconds = 0.0
+        self.num_steps = 0
+        self._on_step = on_step
+        self._started = 0.0
+
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Start the clock."""
+        self._started = time.monotonic()
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Stop it."""
+        self.seconds += time.monotonic() - self._started
+        self.num_steps += 1
+        self._on_step(state.global_step)
