@@ -108,6 +108,7 @@ class Recipe(BaseModel):
     warmup_steps: Int = Field(default=0, ge=0)
     per_device_train_batch_size: Int = Field(default=16, ge=1)
     gradient_accumulation_steps: Int = Field(default=1, ge=1)
+    stratified_batches: bool = True  # classes are spread evenly over an epoch
     per_device_eval_batch_size: Int = Field(default=32, ge=1)
     max_length: Int = Field(default=512, ge=2)
     num_train_examples: Int | None = Field(default=None, ge=1)
@@ -177,6 +178,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "learning_rate": 1e-7,
         "lr_scheduler_type": "constant",
         "per_device_train_batch_size": 16,
+        "stratified_batches": False,
         "zo": {
             "estimator": "spsa",
             "coordinates": "absolute",

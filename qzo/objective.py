@@ -8,6 +8,7 @@ The loss of a probe is the mean over its examples.
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -41,6 +42,7 @@ class Objective:
         num_micro_batches: Micro-batches of a step (gradient accumulation): their losses are summed
             under the same directions.
         data_seed: Seed of the order of the examples.
+        is_stratified: Spread the classes evenly over an epoch: see ``stratified``.
         ranks: The processes that split the micro-batches of a step.
 
     Raises:
@@ -58,6 +60,7 @@ class Objective:
         batch_size: int,
         num_micro_batches: int = 1,
         data_seed: int = 0,
+        is_stratified: bool = False,
         ranks: Ranks | None = None,
     ) -> None:
         if not data.examples:
@@ -74,6 +77,8 @@ class Objective:
         self._batch_size = batch_size
         self._num_micro_batches = num_micro_batches
         self._data_seed = data_seed
+        labels = [example.label for example in self._examples]
+        self._labels = tuple(labels) if is_stratified else (0,) * len(labels)
         self._ranks = ranks or Ranks()
         if num_micro_batches < self._ranks.size:
             raise ConfigError(
@@ -142,14 +147,31 @@ class Objective:
 
     def _example(self, number: int) -> EncodedExample:
         epoch, place = divmod(number, len(self._examples))
-        return self._examples[_permutation(self._data_seed, epoch, len(self._examples))[place]]
+        return self._examples[_order(self._data_seed, epoch, self._labels)[place]]
 
 
 @lru_cache(maxsize=2)
-def _permutation(data_seed: int, epoch: int, size: int) -> list[int]:
+def _order(data_seed: int, epoch: int, labels: tuple[int, ...]) -> list[int]:
     generator = np.random.Generator(np.random.Philox(key=[data_seed, epoch]))
-    order: list[int] = generator.permutation(size).tolist()
-    return order
+    order: list[int] = generator.permutation(len(labels)).tolist()
+    return stratified(order, labels)
+
+
+def stratified(order: Sequence[int], labels: Sequence[int]) -> list[int]:
+    """Spread the classes evenly, each in the order given: every stretch has all of them.
+
+    The j-th of n examples of a class goes to ``(j + 1/2) / n`` of the way. What the gradients of
+    examples have in common but for the sign of their class then cancels within a batch, and within
+    examples that share a direction.
+    """
+    counts = Counter(labels)
+    seen: Counter[int] = Counter()
+    places = []
+    for example in order:
+        label = labels[example]
+        places.append(((2 * seen[label] + 1) / (2 * counts[label]), label, example))
+        seen[label] += 1
+    return [example for _, _, example in sorted(places)]
 
 
 def example_loss(scores: Sequence[float], label: int, loss: LossName) -> float:

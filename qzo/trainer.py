@@ -148,6 +148,7 @@ class Trainer:
             batch_size=config.per_device_train_batch_size,
             num_micro_batches=config.gradient_accumulation_steps,
             data_seed=config.data_seed,
+            is_stratified=config.stratified_batches,
             ranks=self._ranks,
         )
         self._reference = (self.eval_set or train_set).first(config.per_device_eval_batch_size)

@@ -1,4 +1,5 @@
 import math
+import random
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from qzo.encoding import EncodedExample
 from qzo.errors import ConfigError, DataError
 from qzo.estimators import PerExampleSPSA
 from qzo.examples import ExampleSet
-from qzo.objective import Objective, example_loss, needed_rows
+from qzo.objective import Objective, example_loss, needed_rows, stratified
 from qzo.probes import Probe
 from qzo.scales import Scales
 
@@ -234,3 +235,16 @@ def test_sizes_must_be_positive(base: Path, tmp_path: Path, key: str) -> None:
             ExampleSet(made.objective._examples, "classification"),
             **sizes,
         )
+
+
+def test_stratified_order_keeps_all_examples_and_spreads_the_classes() -> None:
+    labels = [0] * 30 + [1] * 20 + [2] * 10
+    order = random.Random(3).sample(range(60), 60)
+
+    result = stratified(order, labels)
+
+    assert sorted(result) == list(range(60))
+    for start in range(0, 60, 6):
+        assert Counter(labels[i] for i in result[start : start + 6]) == {0: 3, 1: 2, 2: 1}
+    for label in range(3):
+        assert [i for i in result if labels[i] == label] == [i for i in order if labels[i] == label]
