@@ -360,7 +360,7 @@ def generate(
     as_json: AsJSON = False,
 ) -> None:
     """Continue a prompt, greedily."""
-    from qzo.evaluate import generate as run
+    from qzo.generation import generate as run
     from qzo.model import load_tokenizer
     from qzo.run import evaluation_model
 
