@@ -64,6 +64,8 @@ class Generator:
         """
         rows = [self._encoded(prompt) for prompt in chain.from_iterable(prompts)]
         counts = [len(of_probe) for of_probe in prompts]
+        if not rows:
+            return [[] for _ in counts]
         with _rows_of_probes(self._model, self._live, counts):
             texts = iter(self._texts(rows))
         return [list(islice(texts, count)) for count in counts]

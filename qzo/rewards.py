@@ -10,7 +10,13 @@ objective       reward of an example                                        the 
 ==============  ==========================================================  ====================
 
 "Likeliest" is by the mean log-probability of a candidate's tokens. What is minimised is minus the
-mean reward over the examples of a probe; a reward that is not finite makes it NaN.
+mean reward over the examples of a probe; a reward that is not finite makes it NaN, and the probe
+is left out.
+
+The user's function is ``reward(prompt: str, output: str, example: dict) -> float``: ``output`` is
+the text up to ``generation_stop`` or the end-of-text token, ``example`` the record, or the task's
+example, with all its columns. It may be random. The journal holds what it gave, so a stopped run
+continues from exactly the scales it had; but a repeat of the run is another run.
 
 Source: ES at Scale, arXiv 2509.24372, which trains on such rewards with many probes.
 """
@@ -80,7 +86,10 @@ def check_objective(
         DataError: The examples have no candidates, or no prompts.
     """
     if objective == "reward" and reward is None:
-        raise ConfigError("reward: expected a function with objective 'reward', got none")
+        raise ConfigError(
+            "reward: expected a function with objective 'reward', got none; run the recipe with "
+            "qzo train, or give the function to Trainer(reward=...)"
+        )
     if objective == "accuracy" and any(len(e.candidates) < 2 for e in data.examples):
         raise DataError(
             "objective: expected examples with candidates to choose from for 'accuracy', got one "

@@ -259,9 +259,9 @@ class Trainer:
 
     def _make_generator(self) -> Generator | None:
         """Return what writes answers, where there are any to write."""
-        config, sets = self.config, (self.train_set, self.eval_set)
-        is_task = any(data is not None and data.is_generation for data in sets)
-        if config.objective not in WRITTEN and not is_task:
+        config = self.config
+        is_evaluated = self.eval_set is not None and self.eval_set.is_generation
+        if config.objective not in WRITTEN and not is_evaluated:
             return None
         if self.tokenizer is None:
             self.tokenizer = tokenizer_of(self.model)
@@ -367,7 +367,7 @@ class Trainer:
     def _log(self, step: int, seconds: float) -> None:
         numbers = self._window.take()
         if self.config.objective != "loss" and numbers["loss"] is not None:
-            numbers["reward"] = -numbers["loss"]
+            numbers["reward"] = 0.0 - numbers["loss"]  # no negative zero
         numbers["learning_rate"] = self._learning_rate(step - 1)
         line = {"step": step, **numbers, "seconds": seconds}
         self.metrics.append(line)
