@@ -217,8 +217,8 @@ def test_the_reward_is_the_mean_over_the_examples(base: Path, tmp_path: Path) ->
     [
         (
             *("reward", COMPLETIONS, ConfigError),
-            "reward: expected a function with objective 'reward', got none; run the recipe with qzo "
-            "train, or give the function to Trainer(reward=...)",
+            "reward: expected a function with objective 'reward', got none; run the recipe with "
+            "qzo train, or give the function to Trainer(reward=...)",
         ),
         (
             *("accuracy", COMPLETIONS, DataError),
