@@ -91,17 +91,21 @@ def changed_fraction(checkpoint: Checkpoint, scales: Scales) -> float:
     return changed / total
 
 
-def change_warnings(checkpoint: Checkpoint, changed: float, *, best_step: int) -> tuple[str, ...]:
+def change_warnings(
+    checkpoint: Checkpoint, changed: float, *, best_step: int, by_reward: bool = False
+) -> tuple[str, ...]:
     """Say in words where training will not be seen in the export.
 
     Args:
         checkpoint: The base.
         changed: What ``changed_fraction`` found.
         best_step: The step whose scales were kept.
+        by_reward: They were chosen by the reward, not by the loss.
     """
     if best_step == 0:
+        better = "larger reward" if by_reward else "smaller loss"
         return (
-            "no evaluation had a smaller loss than the base's, so the base's scales were kept; "
+            f"no evaluation had a {better} than the base's, so the base's scales were kept; "
             "train longer, or change learning_rate",
         )
     if changed >= _MIN_CHANGED_FRACTION:

@@ -43,11 +43,18 @@ def _evaluation_lines(path: Path) -> list[str]:
     rows = [line for line in lines if line.get("eval_loss") is not None]
     if not rows:
         return []
-    table = ["## Evaluation", "", "| step | loss | accuracy |", "|---|---|---|"]
+    names = ["loss", "accuracy"]
+    names += ["reward"] if any(row.get("eval_reward") is not None for row in rows) else []
+    table = [
+        "## Evaluation",
+        "",
+        f"| step | {' | '.join(names)} |",
+        "|---" * (len(names) + 1) + "|",
+    ]
     for row in rows:
-        accuracy = row.get("eval_accuracy")
-        shown = "" if accuracy is None else f"{accuracy:.4f}"
-        table.append(f"| {row['step']} | {row['eval_loss']:.4f} | {shown} |")
+        values = [row.get(f"eval_{name}") for name in names]
+        shown = ["" if value is None else f"{value:.4f}" for value in values]
+        table.append(f"| {row['step']} | {' | '.join(shown)} |")
     return [*table, ""]
 
 

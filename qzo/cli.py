@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -234,10 +234,12 @@ def train(
 
 def _show_training(output_dir: str, result: Any) -> None:
     console = _console()
-    table = Table("", "loss", "accuracy", "bias-corrected")
-    for name, evaluation in (("before", result.before), ("after", result.after)):
-        if evaluation is not None:
-            table.add_row(name, *evaluation_cells(evaluation))
+    evaluations = {"before": result.before, "after": result.after}
+    done = {name: e for name, e in evaluations.items() if e is not None}
+    written = [k for k in _WRITTEN if any(getattr(e, k) is not None for e in done.values())]
+    table = Table("", "loss", "accuracy", "bias-corrected", *written)
+    for name, evaluation in done.items():
+        table.add_row(name, *evaluation_cells(evaluation, (*_CHOSEN, *written)))
     if table.row_count:
         console.print(table)
     console.print(
@@ -249,10 +251,14 @@ def _show_training(output_dir: str, result: Any) -> None:
     console.print(f"next: qzo export {output_dir} --out NEW_FOLDER")
 
 
-def evaluation_cells(evaluation: Any) -> list[str]:
-    """Return loss, accuracy and bias-corrected accuracy of an evaluation as text."""
+_CHOSEN = ("loss", "accuracy", "accuracy_bias_corrected")
+_WRITTEN = ("f1", "exact_match", "reward")
+
+
+def evaluation_cells(evaluation: Any, keys: Sequence[str] = _CHOSEN) -> list[str]:
+    """Return numbers of an evaluation with their standard errors, as text."""
     cells = []
-    for key in ("loss", "accuracy", "accuracy_bias_corrected"):
+    for key in keys:
         value, error = getattr(evaluation, key), getattr(evaluation, f"{key}_se")
         cells.append("" if value is None else f"{value:.4f} ± {error:.4f}")
     return cells
@@ -365,7 +371,7 @@ def generate(
     as_json: AsJSON = False,
 ) -> None:
     """Continue a prompt, greedily."""
-    from qzo.evaluate import generate as run
+    from qzo.generation import generate as run
     from qzo.model import load_tokenizer
     from qzo.run import evaluation_model
 

@@ -129,6 +129,12 @@ class Recipe(BaseModel):
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
     memory_limit: str | None = None  # such as 4GiB; what does not fit streams from the files
 
+    # What is trained on: the loss, or a reward of the answers; see qzo/rewards.py.
+    objective: Literal["loss", "accuracy", "f1", "exact_match", "reward"] = "loss"
+    reward: str | None = None  # path/to/file.py:function, which is run
+    max_new_tokens: Int = Field(default=50, ge=1)  # of a written answer
+    generation_stop: str | None = Field(default="\n", min_length=1)  # where it ends
+
     zo: ZOConfig = ZOConfig()
 
     @property
@@ -299,6 +305,11 @@ def _nearest(key: str) -> str:
 
 
 def _check_together(values: Recipe) -> None:
+    if values.reward is not None and values.objective != "reward":
+        raise ConfigError(
+            f"reward: expected none with objective {values.objective!r}, got {values.reward!r}; "
+            "set objective: reward"
+        )
     if values.memory_limit is not None:
         parse_memory(values.memory_limit, "memory_limit")
     if values.prompt == "none" and values.task is None:

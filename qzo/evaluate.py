@@ -1,4 +1,4 @@
-"""Evaluation: loss, accuracy or F1, each with its standard error.
+"""Evaluation: loss, accuracy, F1, exact match or a reward, each with its standard error.
 
 - The answer of a classification or choice example is the candidate with the largest mean
   log-probability per token (MeZO, arXiv 2305.17333, appendix E.2).
@@ -6,7 +6,7 @@
   half of the time and still rank the texts well. This is the accuracy after the threshold between
   the two candidates is moved to the median over the examples; it needs no labels, and is the
   baseline that a gain has to beat.
-- Generation is greedy, up to a line end.
+- Generation is greedy, up to a line end unless told otherwise.
 """
 
 import math
@@ -16,19 +16,24 @@ from dataclasses import asdict, dataclass, field
 from itertools import chain, islice
 from typing import Any
 
-import torch
-from transformers import PreTrainedModel, StoppingCriteriaList, StopStringCriteria
+from transformers import PreTrainedModel
 
 from qzo.attention import can_pack
-from qzo.encoding import EncodedExample, encode_prompt
-from qzo.errors import ConfigError, DataError
-from qzo.examples import ExampleSet
+from qzo.encoding import EncodedExample
+from qzo.examples import ExampleSet, Question
+from qzo.generation import Generator
 from qzo.linear import Live
 from qzo.objective import example_loss
 from qzo.ranks import Ranks
+from qzo.rewards import (
+    WRITTEN,
+    Judge,
+    ObjectiveName,
+    RewardFunction,
+    check_objective,
+    make_judge,
+)
 from qzo.stack import answer_scores, build_stack
-
-_MAX_NEW_TOKENS = 50  # MeZO, appendix E.2
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,8 @@ class Evaluation:
         accuracy: Fraction of right answers, with ``accuracy_se``.
         accuracy_bias_corrected: See the module, with its standard error.
         f1: SQuAD F1 of generated answers, with ``f1_se``.
+        exact_match: Fraction of generated answers that are a gold answer, with ``exact_match_se``.
+        reward: What training maximises, where it is not the loss, with ``reward_se``.
         example_losses: Loss of every example.
         is_right: Whether the answer of every example is right.
         is_right_corrected: The same after the bias correction.
@@ -55,6 +62,10 @@ class Evaluation:
     accuracy_bias_corrected_se: float | None = None
     f1: float | None = None
     f1_se: float | None = None
+    exact_match: float | None = None
+    exact_match_se: float | None = None
+    reward: float | None = None
+    reward_se: float | None = None
     example_losses: Sequence[float] = field(default=(), repr=False)
     is_right: Sequence[bool] = field(default=(), repr=False)
     is_right_corrected: Sequence[bool] = field(default=(), repr=False)
@@ -74,6 +85,9 @@ def evaluate(
     tokenizer: Any = None,
     progress: Callable[[int, int], None] | None = None,
     ranks: Ranks | None = None,
+    generator: Generator | None = None,
+    objective: ObjectiveName = "loss",
+    reward: RewardFunction | None = None,
 ) -> Evaluation:
     """Evaluate a model with quantized layers.
 
@@ -85,7 +99,11 @@ def evaluate(
         tokenizer: For generation.
         progress: Called with the examples done and their number.
         ranks: The processes that split the batches; all of them get the results.
+        generator: Writes the answers; up to a line end unless given.
+        objective: What is trained on.
+        reward: The function of objective ``reward``.
     """
+    check_objective(objective, data, reward)
     ranks = ranks or Ranks()
     scores = _scores(model, live, data.examples, batch_size, progress, ranks)
     labels = [example.label for example in data.examples]
@@ -95,8 +113,16 @@ def evaluate(
     result["example_losses"] = losses
     if all(len(row) > 1 for row in scores):
         result |= _accuracies(scores, labels, are_classes=data.loss == "classification")
-    if data.is_generation:
-        result["f1"], result["f1_se"] = mean_and_error(_generated(model, tokenizer, data, ranks))
+    if data.is_generation or objective in WRITTEN:
+        names: list[ObjectiveName] = ["f1", "exact_match"]
+        names += ["reward"] if objective == "reward" else []
+        judges = [make_judge(name, data, reward) for name in names]
+        generator = generator or Generator(model, tokenizer, live)
+        columns = _judged(generator, data.questions, judges, batch_size, ranks)
+        for name, values in zip(names, columns, strict=True):
+            result[name], result[f"{name}_se"] = mean_and_error(values)
+    if objective != "loss":
+        result["reward"], result["reward_se"] = result[objective], result[f"{objective}_se"]
     return Evaluation(**result)
 
 
@@ -145,62 +171,27 @@ def _accuracies(
     return result
 
 
-def _generated(
-    model: PreTrainedModel, tokenizer: Any, data: ExampleSet, ranks: Ranks
-) -> list[float]:
-    """Return the score of a greedy answer to every example."""
-    task, examples = data.task, data.task_examples
-    assert task is not None
+def _judged(
+    generator: Generator,
+    questions: Sequence[Question],
+    judges: Sequence[Judge],
+    batch_size: int,
+    ranks: Ranks,
+) -> list[list[float]]:
+    """Return what each judge says of the answers to all questions; like lengths run together."""
+    order = sorted(range(len(questions)), key=lambda i: len(questions[i].prompt))
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
-    def score(number: int) -> list[float]:
-        example = examples[number]
-        text = generate(model, tokenizer, task.prompt(example), stop="\n")
-        return [task.score(example, text.strip())]
+    def values(number: int) -> list[float]:
+        batch = [questions[i] for i in batches[number]]
+        (texts,) = generator.write([[question.prompt for question in batch]])
+        return [judge(q, t) for q, t in zip(batch, texts, strict=True) for judge in judges]
 
-    return ranks.share([1] * len(examples), score)
-
-
-def generate(
-    model: PreTrainedModel,
-    tokenizer: Any,
-    prompt: str,
-    *,
-    max_new_tokens: int = _MAX_NEW_TOKENS,
-    stop: str | None = None,
-) -> str:
-    """Return the greedy completion of a prompt, without the stop string.
-
-    Raises:
-        ConfigError: The model has no room for a prompt and that many tokens.
-        DataError: The prompt has no tokens.
-    """
-    positions = int(getattr(model.config, "max_position_embeddings", 2048))
-    if max_new_tokens >= positions:
-        raise ConfigError(
-            f"max_new_tokens: expected less than the model's {positions} positions, got "
-            f"{max_new_tokens}"
-        )
-    tokens = encode_prompt(tokenizer, prompt, max_length=positions - max_new_tokens)
-    if not tokens:
-        raise DataError(f"prompt: expected at least one token, got {prompt!r}")
-    input_ids = torch.tensor([tokens], device=model.device)
-    criteria = StoppingCriteriaList()
-    if stop is not None:
-        criteria.append(StopStringCriteria(tokenizer, stop))
-    with torch.inference_mode():
-        output = model.generate(  # type: ignore[operator]  # transformers leaves it untyped
-            input_ids,
-            attention_mask=torch.ones_like(input_ids),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            stopping_criteria=criteria,
-            pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0,
-        )
-    text: str = tokenizer.decode(output[0, len(tokens) :], skip_special_tokens=True)
-    return text.split(stop)[0] if stop else text
+    flat = ranks.share([len(batch) * len(judges) for batch in batches], values)
+    place = {i: len(judges) * k for k, i in enumerate(order)}
+    return [
+        [flat[place[i] + column] for i in range(len(questions))] for column in range(len(judges))
+    ]
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:

@@ -18,6 +18,21 @@ LossName = Literal["language_modeling", "classification"]
 
 
 @dataclass(frozen=True)
+class Question:
+    """What a model writes an answer to.
+
+    Attributes:
+        prompt: The text before the answer.
+        answers: Gold answers, any of which is right.
+        example: The record or the task's example that it is from.
+    """
+
+    prompt: str
+    answers: tuple[str, ...]
+    example: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class ExampleSet:
     """Examples to train or evaluate on.
 
@@ -25,13 +40,13 @@ class ExampleSet:
         examples: Encoded examples.
         loss: Which loss; under ``classification`` the candidates are classes.
         task: For tasks: what scores an output.
-        task_examples: For tasks: the examples before they were encoded.
+        questions: One per example, for tasks and records with ``prompt`` and ``completion``.
     """
 
     examples: Sequence[EncodedExample]
     loss: LossName
     task: Task | None = None
-    task_examples: Sequence[Example] = ()
+    questions: Sequence[Question] = ()
 
     @property
     def is_generation(self) -> bool:
@@ -46,11 +61,14 @@ class ExampleSet:
             digest.update(json.dumps([example.rows, candidates, example.label]).encode("utf-8"))
         return digest.hexdigest()
 
+    def questions_sha256(self) -> str:
+        """Return the digest of the questions, with all columns of their examples."""
+        asked = [(q.prompt, q.answers, dict(q.example)) for q in self.questions]
+        return sha256(json.dumps(asked, sort_keys=True, default=str).encode("utf-8")).hexdigest()
+
     def first(self, count: int | None) -> "ExampleSet":
         """Return the first examples, or all."""
-        return replace(
-            self, examples=self.examples[:count], task_examples=self.task_examples[:count]
-        )
+        return replace(self, examples=self.examples[:count], questions=self.questions[:count])
 
 
 def from_encoded(examples: Sequence[EncodedExample]) -> ExampleSet:
@@ -66,7 +84,13 @@ def from_records(
     examples = encode_records(
         [dict(record) for record in records], tokenizer, max_length=max_length
     )
-    return from_encoded(examples)
+    return replace(from_encoded(examples), questions=_questions_of(records))
+
+
+def _questions_of(records: Sequence[Mapping[str, Any]]) -> list[Question]:
+    if not {"prompt", "completion"} <= set(records[0]):
+        return []
+    return [Question(r["prompt"], (r["completion"].strip(),), dict(r)) for r in records]
 
 
 def from_task(
@@ -77,7 +101,14 @@ def from_task(
         encode_task_example(task, example, tokenizer=tokenizer, max_length=max_length)
         for example in examples
     ]
-    return ExampleSet(encoded, task.loss, task, list(examples))
+    return ExampleSet(encoded, task.loss, task, [_question(task, e) for e in examples])
+
+
+def _question(task: Task, example: Example) -> Question:
+    answers = [answer.strip() for answer in task.candidates(example)]
+    if task.kind != "generation":
+        answers = [answers[task.label(example)]]
+    return Question(task.prompt(example), tuple(answers), example)
 
 
 def read_set(

@@ -89,13 +89,14 @@ class Metrics:
         """The number of steps done at the newest line of averages; 0 if there is none."""
         return max((line["step"] for line in self.lines if "learning_rate" in line), default=0)
 
-    def best(self) -> tuple[int, float] | None:
-        """Return step and loss of the best evaluation so far."""
-        evaluated = [line for line in self.lines if line.get("eval_loss") is not None]
+    def best(self, *, by_reward: bool = False) -> tuple[int, float] | None:
+        """Return step and loss of the best evaluation so far, or minus its reward."""
+        key, sign = ("eval_reward", -1) if by_reward else ("eval_loss", 1)
+        evaluated = [line for line in self.lines if line.get(key) is not None]
         if not evaluated:
             return None
-        line = min(evaluated, key=lambda line: line["eval_loss"])
-        return line["step"], line["eval_loss"]
+        line = min(evaluated, key=lambda line: sign * line[key])
+        return line["step"], sign * line[key]
 
     def has_evaluation(self, step: int) -> bool:
         """Tell whether this step was evaluated."""
@@ -118,8 +119,9 @@ def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
         value = parse_json(line)
     except ValueError:
         value = None
-    loss = value.get("eval_loss") if isinstance(value, dict) else None
-    is_valid = loss is None or isinstance(loss, int | float)
+    keys = ("eval_loss", "eval_reward")
+    numbers = [value.get(key) for key in keys] if isinstance(value, dict) else []
+    is_valid = all(number is None or isinstance(number, int | float) for number in numbers)
     if not isinstance(value, dict) or type(value.get("step")) is not int or not is_valid:
         raise CheckpointError(
             f"{path}: line {number}: expected a JSON object with a step, got something else; "

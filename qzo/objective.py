@@ -3,6 +3,7 @@
 - ``language_modeling``: mean negative log-probability per token of the right answer, in nats.
 - ``classification``: cross-entropy over the candidates, whose logits are their mean token
   log-probabilities (MeZO, arXiv 2305.17333, section 3).
+- Or minus a reward; see ``rewards``.
 
 The loss of a probe is the mean over its examples.
 """
@@ -12,7 +13,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, pairwise
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedModel
@@ -20,14 +22,24 @@ from transformers import PreTrainedModel
 from qzo.attention import can_pack
 from qzo.encoding import EncodedExample
 from qzo.errors import ConfigError, DataError
-from qzo.examples import ExampleSet, LossName
+from qzo.examples import ExampleSet, LossName, Question
+from qzo.generation import Generator
 from qzo.linear import Live
 from qzo.probes import Probe
 from qzo.ranks import Ranks
+from qzo.rewards import (
+    WRITTEN,
+    Judge,
+    ObjectiveName,
+    RewardFunction,
+    check_objective,
+    is_right,
+    make_judge,
+)
 from qzo.scales import Scales
 from qzo.stack import answer_scores, build_stack
 
-Batch = list[list[EncodedExample]]  # micro-batches
+Batch = list[list[Any]]  # micro-batches of encoded examples, or of questions to write answers to
 
 
 class Objective:
@@ -44,6 +56,9 @@ class Objective:
         data_seed: Seed of the order of the examples.
         is_stratified: Spread the classes evenly over an epoch: see ``stratified``.
         ranks: The processes that split the micro-batches of a step.
+        objective: The loss, or which reward.
+        reward: The function of objective ``reward``.
+        generator: Writes the answers that are rewarded.
 
     Raises:
         DataError: There are no examples.
@@ -62,6 +77,9 @@ class Objective:
         data_seed: int = 0,
         is_stratified: bool = False,
         ranks: Ranks | None = None,
+        objective: ObjectiveName = "loss",
+        reward: RewardFunction | None = None,
+        generator: Generator | None = None,
     ) -> None:
         if not data.examples:
             raise DataError("data: expected at least one training example, got none")
@@ -72,8 +90,15 @@ class Objective:
             if size < 1:
                 raise ConfigError(f"{key}: expected a number above 0, got {size}")
         self._model, self._live, self._scales = model, live, scales
-        self._examples = [needed_rows(example, data.loss) for example in data.examples]
-        self._loss: LossName = data.loss
+        check_objective(objective, data, reward)
+        self._objective, self._loss = objective, data.loss
+        self._generator = generator
+        self._judge: Judge | None = None
+        self._examples: Sequence[Any] = data.examples
+        if objective == "loss":
+            self._examples = [needed_rows(example, data.loss) for example in data.examples]
+        elif objective in WRITTEN:
+            self._examples, self._judge = data.questions, make_judge(objective, data, reward)
         self._batch_size = batch_size
         self._num_micro_batches = num_micro_batches
         self._data_seed = data_seed
@@ -121,9 +146,7 @@ class Objective:
         sizes = [len(covered) for covered in places]
         return self._ranks.share(sizes, sums, means, len(probes))
 
-    def _sums(
-        self, probes: Sequence[Probe], micro_batch: list[EncodedExample], start: int
-    ) -> list[float]:
+    def _sums(self, probes: Sequence[Probe], micro_batch: list[Any], start: int) -> list[float]:
         """Return each probe's sum of losses over the examples of a micro-batch that it covers."""
         items = [
             micro_batch
@@ -134,18 +157,30 @@ class Objective:
         losses = iter(self._item_losses(probes, items))
         return [sum(next(losses) for _ in examples) for examples in items]
 
-    def _item_losses(
-        self, probes: Sequence[Probe], items: Sequence[Sequence[EncodedExample]]
-    ) -> list[float]:
+    def _item_losses(self, probes: Sequence[Probe], items: Sequence[Sequence[Any]]) -> list[float]:
+        if self._judge is not None:
+            return self._written_losses(self._judge, probes, items)
         stack = build_stack(items, self._model.device, is_packed=can_pack(self._model))
         with self._scales.shifted(self._live, probes):
             scores = answer_scores(self._model, self._live, stack)
         labels = [example.label for examples in items for example in examples]
+        if self._objective == "accuracy":
+            return [-is_right(row, label) for row, label in zip(scores, labels, strict=True)]
         return [
             example_loss(row, label, self._loss) for row, label in zip(scores, labels, strict=True)
         ]
 
-    def _example(self, number: int) -> EncodedExample:
+    def _written_losses(
+        self, judge: Judge, probes: Sequence[Probe], items: Sequence[Sequence[Question]]
+    ) -> list[float]:
+        """Return minus the reward of every answer, those of all probes written together."""
+        assert self._generator is not None
+        with self._scales.shifted(self._live, probes):
+            texts = self._generator.write([[q.prompt for q in questions] for questions in items])
+        pairs = zip(chain.from_iterable(items), chain.from_iterable(texts), strict=True)
+        return [-judge(question, text) for question, text in pairs]
+
+    def _example(self, number: int) -> Any:
         epoch, place = divmod(number, len(self._examples))
         return self._examples[_order(self._data_seed, epoch, self._labels)[place]]
 

@@ -1,4 +1,4 @@
-"""loss.png: training and evaluation loss of a run."""
+"""loss.png: training and evaluation loss of a run, or its reward."""
 
 import json
 from pathlib import Path
@@ -16,16 +16,17 @@ def plot_run(folder: Path) -> Path:
     ]
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
+    name = "reward" if any("reward" in line for line in lines) else "loss"
     for key, label, style in (
-        ("loss", "training batches, at the probes", "-"),
-        ("eval_loss", "evaluation set", "o-"),
+        (name, "training batches, at the probes", "-"),
+        (f"eval_{name}", "evaluation set", "o-"),
     ):
         points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
         if points:
             steps, values = zip(*points, strict=True)
             axes.plot(steps, values, style, label=label, linewidth=1.2)
     axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats)")
+    axes.set_ylabel("loss (nats)" if name == "loss" else name)
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend()

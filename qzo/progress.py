@@ -96,8 +96,9 @@ class ProgressCallback(TrainerCallback):
     ) -> None:
         """Show the newest averages; without a terminal, as a line."""
         shown = {key: value for key, value in (logs or {}).items() if value is not None}
+        name = "reward" if "reward" in shown else "loss"
         numbers = (
-            f"loss {shown.get('loss', float('nan')):.4f}  "
+            f"{name} {shown.get(name, float('nan')):.4f}  "
             f"derivative {shown.get('derivative', float('nan')):.3g}  "
             f"clipped {shown.get('clip_rate', 0):.0%}"
         )

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import AutoConfig, PreTrainedModel, TrainerCallback
 
 from qzo.card import model_card
 from qzo.checkpoint import Checkpoint, open_checkpoint
@@ -21,6 +21,7 @@ from qzo.model import Progress, load_checkpoint, load_tokenizer
 from qzo.planner import plan
 from qzo.plot import plot_run
 from qzo.ranks import Ranks
+from qzo.rewards import WRITTEN, RewardFunction, load_reward
 from qzo.streaming import Budget, available_bytes
 from qzo.trainer import Result, Trainer, make_estimator
 
@@ -72,12 +73,13 @@ def _train(
     callbacks: Sequence[TrainerCallback],
     progress: Progress | None,
 ) -> Result | None:
+    reward = reward_of(recipe)
     _ = checkpoint.digests  # read in the background; the journal will need them
     tokenizer = load_tokenizer(checkpoint.folder)
     train_set, eval_set = data_sets(recipe, tokenizer)
     sets = [data for data in (train_set, eval_set) if data is not None]
     model = load_model(recipe, checkpoint, sets, progress)
-    trainer = Trainer(model, recipe, train_set, eval_set, callbacks, tokenizer, ranks)
+    trainer = Trainer(model, recipe, train_set, eval_set, callbacks, tokenizer, ranks, reward)
     result = trainer.train()
     if not ranks.is_first:
         return None
@@ -86,6 +88,19 @@ def _train(
     write_bytes(folder / "README.md", card.encode("utf-8"))
     plot_run(folder)
     return result
+
+
+def reward_of(recipe: Recipe) -> RewardFunction | None:
+    """Return the function that a recipe names; its file is run.
+
+    Raises:
+        ConfigError: It should name one and does not.
+    """
+    if recipe.objective == "reward" and recipe.reward is None:
+        raise ConfigError(
+            "reward: expected path/to/file.py:function with objective 'reward', found none"
+        )
+    return None if recipe.reward is None else load_reward(recipe.reward)
 
 
 def load_model(
@@ -144,17 +159,33 @@ def _planned_bytes(
     for data in sets[1:]:
         rows = max(rows, _most_rows(data) * recipe.per_device_eval_batch_size)
     lengths = [len(row) for data in sets for example in data.examples for row in example.rows]
+    written = _written_tokens(recipe, sets)
     dtype = "float32" if device.type == "cpu" else recipe.dtype or "float16"
     planned = plan(
         checkpoint.folder,
         batch_size=-(-rows // probes),
-        seq_len=max(lengths, default=recipe.max_length),
+        seq_len=max(lengths, default=recipe.max_length) + written,
         coordinates=zo.coordinates,
         num_probes=probes,
         dtype=dtype,
     )
     streaming = sum(part.bytes for part in planned.parts if part.streams)
-    return streaming, planned.peak_bytes - streaming
+    cache = rows * (max(lengths) + written) * _cache_bytes(checkpoint, dtype) if written else 0
+    return streaming, planned.peak_bytes - streaming + cache
+
+
+def _written_tokens(recipe: Recipe, sets: Sequence[ExampleSet]) -> int:
+    is_written = recipe.objective in WRITTEN or any(data.is_generation for data in sets)
+    return recipe.max_new_tokens if is_written else 0
+
+
+def _cache_bytes(checkpoint: Checkpoint, dtype: str) -> int:
+    """Return the bytes of keys and values of one token."""
+    config = AutoConfig.from_pretrained(checkpoint.folder).get_text_config()
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    pairs = config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or heads)
+    return 2 * int(pairs * width) * (4 if dtype == "float32" else 2)
 
 
 def _most_rows(data: ExampleSet) -> int:

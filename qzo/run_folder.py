@@ -20,6 +20,7 @@ from qzo.files import LOCK_NAME, read_json, write_bytes
 from qzo.journal import NAME as JOURNAL_NAME
 from qzo.journal import Journal
 from qzo.ranks import Ranks
+from qzo.rewards import WRITTEN
 from qzo.scales import Scales
 from qzo.version import __version__
 
@@ -48,6 +49,7 @@ def header_of(
         "scales_sha256": checkpoint.scales_sha256(),
         "data_sha256": train_set.sha256(),
         "eval_data_sha256": None if eval_set is None else eval_set.sha256(),
+        "questions_sha256": train_set.questions_sha256() if config.objective in WRITTEN else None,
         "layers": scales.names,
         "num_values": len(scales),
         "coordinates": config.zo.coordinates,
@@ -75,6 +77,7 @@ _COMPARED = {
     "codes_sha256": "model: codes_sha256 of the base differs from",
     "scales_sha256": "model: scales_sha256 of the base differs from",
     "data_sha256": "data: the digest of the training examples differs from",
+    "questions_sha256": "data: the digest of prompts, answers or other columns differs from",
     "generator": "qzo_version: the generator of directions differs from",
 }
 

@@ -36,6 +36,7 @@ from qzo.estimators import Estimator
 from qzo.evaluate import Evaluation, evaluate
 from qzo.examples import ExampleSet, from_encoded, from_records
 from qzo.files import locked, new_folder, remove
+from qzo.generation import Generator
 from qzo.interrupts import stop_signals
 from qzo.journal import Fingerprint, Journal, Step
 from qzo.linear import Live
@@ -46,6 +47,7 @@ from qzo.optimizers import make_optimizer
 from qzo.probes import Probe
 from qzo.ranks import Ranks, Wish
 from qzo.replay import adapter_config, apply_journal, check_fingerprint
+from qzo.rewards import WRITTEN, ObjectiveName, RewardFunction, check_objective, reward_name
 from qzo.run_folder import begin, header_of, open_journal, write_reference
 from qzo.scales import Scales
 from qzo.schedules import learning_rate
@@ -108,6 +110,7 @@ class Trainer:
         callbacks: transformers callbacks.
         tokenizer: Needed for records and generation; that of the checkpoint unless given.
         ranks: The processes of the run; those that ``torchrun`` started unless given.
+        reward: The function of objective ``reward``: of prompt, output and example.
 
     Raises:
         ConfigError: There is a memory limit, and the model was loaded without.
@@ -122,6 +125,7 @@ class Trainer:
         callbacks: Sequence[TrainerCallback] = (),
         tokenizer: Any = None,
         ranks: Ranks | None = None,
+        reward: RewardFunction | None = None,
     ) -> None:
         if config.memory_limit is not None and getattr(model, "qzo_budget", None) is None:
             raise ConfigError(
@@ -140,6 +144,10 @@ class Trainer:
         self.optimizer = make_optimizer(config.zo.optimizer, config.zo.optimizer_settings)
         self.train_set = train_set = self._example_set(train_dataset)
         self.eval_set = None if eval_dataset is None else self._example_set(eval_dataset)
+        self._reward = reward
+        self._generator = self._make_generator()
+        if self.eval_set is not None:
+            check_objective(config.objective, self.eval_set, reward)
         self.objective = Objective(
             model,
             self._live,
@@ -150,6 +158,9 @@ class Trainer:
             data_seed=config.data_seed,
             is_stratified=config.stratified_batches,
             ranks=self._ranks,
+            objective=config.objective,
+            reward=reward,
+            generator=self._generator,
         )
         self._reference = (self.eval_set or train_set).first(config.per_device_eval_batch_size)
         self._events = Events(config, model, callbacks if self._ranks.is_first else ())
@@ -203,9 +214,9 @@ class Trainer:
             skipped_in_a_row = 0 if usable else skipped_in_a_row + 1
             if skipped_in_a_row >= config.zo.max_skipped_steps:
                 raise DivergedError(
-                    f"loss: expected finite values, got none in {skipped_in_a_row} steps in a row "
-                    f"up to step {step}; lower learning_rate or zo.epsilon. The journal and the "
-                    "scales are intact"
+                    f"{self._measured}: expected finite values, got none in {skipped_in_a_row} "
+                    f"steps in a row up to step {step}; lower learning_rate or zo.epsilon. The "
+                    "journal and the scales are intact"
                 )
             self._window.add(losses, derivatives)
             self._events.tell("step_end", step + 1)
@@ -229,9 +240,9 @@ class Trainer:
         data = data or self.eval_set
         if data is None:
             raise ConfigError("eval_dataset: expected evaluation examples, got none")
-        return self._evaluation(data, self._ranks)
+        return self._evaluation(data, self._ranks, self.config.objective)
 
-    def _evaluation(self, data: ExampleSet, ranks: Ranks) -> Evaluation:
+    def _evaluation(self, data: ExampleSet, ranks: Ranks, objective: ObjectiveName) -> Evaluation:
         with self.scales.shifted(self._live, _AT_MASTER):
             return evaluate(
                 self.model,
@@ -240,7 +251,33 @@ class Trainer:
                 batch_size=self.config.per_device_eval_batch_size,
                 tokenizer=self.tokenizer,
                 ranks=ranks,
+                generator=self._generator,
+                objective=objective,
+                reward=self._reward,
             )
+
+    @property
+    def _measured(self) -> str:
+        """What a bad value comes from, for messages."""
+        if self.config.objective != "reward" or self._reward is None:
+            return self.config.objective
+        return reward_name(self._reward)
+
+    def _make_generator(self) -> Generator | None:
+        """Return what writes answers, where there are any to write."""
+        config = self.config
+        is_evaluated = self.eval_set is not None and self.eval_set.is_generation
+        if config.objective not in WRITTEN and not is_evaluated:
+            return None
+        if self.tokenizer is None:
+            self.tokenizer = tokenizer_of(self.model)
+        return Generator(
+            self.model,
+            self.tokenizer,
+            self._live,
+            max_new_tokens=config.max_new_tokens,
+            stop=config.generation_stop,
+        )
 
     def _example_set(self, data: ExampleSet | Sequence[Any]) -> ExampleSet:
         """Take examples as they are, and encode records.
@@ -334,7 +371,10 @@ class Trainer:
             journal.mark(fingerprint)
 
     def _log(self, step: int, seconds: float) -> None:
-        numbers = {**self._window.take(), "learning_rate": self._learning_rate(step - 1)}
+        numbers = self._window.take()
+        if self.config.objective != "loss" and numbers["loss"] is not None:
+            numbers["reward"] = 0.0 - numbers["loss"]  # no negative zero
+        numbers["learning_rate"] = self._learning_rate(step - 1)
         line = {"step": step, **numbers, "seconds": seconds}
         self.metrics.append(line)
         self._events.tell("log", step, logs=line)
@@ -360,8 +400,9 @@ class Trainer:
         if not is_first:
             return result
         begin(self._journal, self.config)
-        best = self.metrics.best()
-        if best is None or result.loss < best[1]:  # before it is noted: a stop repeats both
+        best = self.metrics.best(by_reward=result.reward is not None)
+        cost = result.loss if result.reward is None else -result.reward
+        if best is None or cost < best[1]:  # before it is noted: a stop repeats both
             self._snapshot(self.folder / "best", step)
         line = {f"eval_{key}": value for key, value in result.to_dict().items()}
         self.metrics.append({"step": step, **line})
@@ -422,18 +463,23 @@ class Trainer:
             if self.config.load_best_model_at_end and best.step != steps:
                 self._take(best)
                 best_step, after = best.step, None
-            after = after or self._evaluation(self.eval_set, Ranks())
+            after = after or self._evaluation(self.eval_set, Ranks(), self.config.objective)
         self._write_adapter(journal, best_step)
         changed = changed_fraction(self.checkpoint, self.scales)
         self.metrics.append({"step": steps, "best_step": best_step, CLOSING_KEY: changed})
         self._events.tell("train_end", steps)
-        warnings = change_warnings(self.checkpoint, changed, best_step=best_step)
+        warnings = change_warnings(
+            self.checkpoint,
+            changed,
+            best_step=best_step,
+            by_reward=self.config.objective != "loss",
+        )
         return Result(steps, best_step, before, after, changed, skipped, seconds, warnings)
 
     def _write_adapter(self, journal: Journal, step: int) -> None:
         tensors: dict[str, Tensor] = scale_tensors(self.checkpoint, self.scales)
         reference = ExampleSet(self._reference.examples, self._reference.loss)
-        loss = self._evaluation(reference, Ranks()).loss
+        loss = self._evaluation(reference, Ranks(), "loss").loss
         write_reference(self.folder, self._reference, loss)
         save_adapter(self.folder, tensors, adapter_config(journal.header, self.checkpoint, step))
         apply_adapter(self.model, self.checkpoint, open_adapter(self.folder))

@@ -16,8 +16,9 @@ from support.runs import (
 import qzo
 from qzo.encoding import Candidate, EncodedExample
 from qzo.errors import ConfigError, DataError
-from qzo.evaluate import Evaluation, evaluate, generate, mean_and_error
+from qzo.evaluate import Evaluation, evaluate, mean_and_error
 from qzo.examples import ExampleSet, from_records, from_task
+from qzo.generation import generate
 from qzo.linear import Live
 from qzo.model import load_tokenizer, quant_linears
 from qzo.tasks import load_task
@@ -217,7 +218,7 @@ class Writer:
         """Write token after token until the criteria say so."""
         rows = input_ids
         for token in self._tokens[: options["max_new_tokens"]]:
-            rows = torch.cat((rows, torch.tensor([[token]])), dim=1)
+            rows = torch.cat((rows, torch.tensor([[token]] * len(rows))), dim=1)
             self.num_written += 1
             criteria = options["stopping_criteria"]
             if criteria and bool(criteria(rows, None).all()):

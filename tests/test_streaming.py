@@ -9,7 +9,7 @@ import torch
 from support import nf4_files
 from support.gptq_files import GPTQVariant, write_gptq
 from support.models import logits_of, tiny_model
-from support.runs import json_lines, tiny_recipe
+from support.runs import json_lines, tiny_recipe, write_tokenizer
 from support.training import examples
 from torch import nn
 from transformers import PreTrainedModel
@@ -17,8 +17,11 @@ from transformers import PreTrainedModel
 from qzo import pages
 from qzo.checkpoint import open_checkpoint
 from qzo.errors import ConfigError
+from qzo.generation import Generator
 from qzo.linear import QuantLinear
-from qzo.model import decoder_blocks, load_checkpoint
+from qzo.model import decoder_blocks, load_checkpoint, trained_layers
+from qzo.probes import Probe
+from qzo.scales import Scales
 from qzo.streaming import Budget, DeviceCopies, MappedPages, attach, stream
 from qzo.trainer import Trainer
 
@@ -75,6 +78,20 @@ def test_losses_of_a_streamed_run_are_those_of_the_resident_run(
 
     assert len(want) == 2
     assert got == want
+
+
+def test_a_streamed_model_writes_what_the_resident_one_writes(base: Path) -> None:
+    tokenizer, probes = write_tokenizer(base), [Probe(5, 0.2), Probe(5, -0.2)]
+    texts = []
+    for model in (load_checkpoint(open_checkpoint(base)), limited(base, 0)):
+        layers = trained_layers(model, None)
+        scales = Scales.of_layers(layers, coordinates="relative", direction="rademacher")
+        with scales.shifted(layers[0].live, probes):
+            generator = Generator(model, tokenizer, layers[0].live, max_new_tokens=6)
+            texts.append(generator.write([["a film", "q"]] * 2))
+
+    assert texts[0] == texts[1]
+    assert texts[0][0] != texts[0][1]
 
 
 def test_losses_of_copied_blocks_are_those_of_the_resident_run(base: Path, tmp_path: Path) -> None:

@@ -1,0 +1,143 @@
+"""Greedy generation: many prompts at many probes in one batch.
+
+The rows of all probes run together, padded on the left, with transformers' own loop and its cache
+of keys and values. A layer reads its codes once and applies each probe's scales to its rows.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import accumulate, chain, islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, StoppingCriteriaList, StopStringCriteria
+
+from qzo.encoding import encode_prompt
+from qzo.errors import ConfigError, DataError
+from qzo.linear import Live
+
+MAX_NEW_TOKENS = 50  # MeZO, arXiv 2305.17333, appendix E.2
+
+
+class Generator:
+    """Writes greedy completions.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        live: What its quantized layers see; needed for several probes.
+        max_new_tokens: Tokens of a completion at most.
+        stop: Where a completion ends; not part of it. None: at the end-of-text token alone.
+
+    Raises:
+        ConfigError: The model has no room for a prompt and that many tokens.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        live: Live | None = None,
+        *,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        stop: str | None = "\n",
+    ) -> None:
+        positions = int(getattr(model.config, "max_position_embeddings", 2048))
+        if max_new_tokens >= positions:
+            raise ConfigError(
+                f"max_new_tokens: expected less than the model's {positions} positions, got "
+                f"{max_new_tokens}"
+            )
+        self._model, self._tokenizer, self._live = model, tokenizer, live or Live()
+        self._prompt_tokens, self._max_new_tokens = positions - max_new_tokens, max_new_tokens
+        self._stop = stop
+        self._criteria = StoppingCriteriaList()
+        if stop is not None:
+            self._criteria.append(StopStringCriteria(tokenizer, stop))
+
+    def write(self, prompts: Sequence[Sequence[str]]) -> list[list[str]]:
+        """Return the completion of every prompt.
+
+        Args:
+            prompts: Those of each probe; all probes need not have equally many.
+        """
+        rows = [self._encoded(prompt) for prompt in chain.from_iterable(prompts)]
+        counts = [len(of_probe) for of_probe in prompts]
+        if not rows:
+            return [[] for _ in counts]
+        with _rows_of_probes(self._model, self._live, counts):
+            texts = iter(self._texts(rows))
+        return [list(islice(texts, count)) for count in counts]
+
+    def _encoded(self, prompt: str) -> list[int]:
+        tokens = encode_prompt(self._tokenizer, prompt, max_length=self._prompt_tokens)
+        if not tokens:
+            raise DataError(f"prompt: expected at least one token, got {prompt!r}")
+        return tokens
+
+    def _texts(self, rows: Sequence[list[int]]) -> list[str]:
+        width, device = max(map(len, rows)), self._model.device
+        # Masked. The row's own first token, so that what counts the tokens of a prompt, such as a
+        # penalty for repetition, finds no other one.
+        padded = [row[:1] * (width - len(row)) + row for row in rows]
+        mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+        tokenizer = self._tokenizer
+        with torch.inference_mode():
+            output = self._model.generate(  # type: ignore[operator]  # transformers: untyped
+                torch.tensor(padded, device=device),
+                attention_mask=torch.tensor(mask, device=device),
+                max_new_tokens=self._max_new_tokens,
+                do_sample=False,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                stopping_criteria=self._criteria,
+                pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0,
+            )
+        return [self._text(row) for row in output[:, width:].tolist()]
+
+    def _text(self, tokens: list[int]) -> str:
+        """Decode a row up to its end-of-text token or the stop; what follows is padding."""
+        ends = self._model.generation_config.eos_token_id
+        ends = {ends} if isinstance(ends, int) else set(ends or ())
+        length = next((i + 1 for i, token in enumerate(tokens) if token in ends), len(tokens))
+        text: str = self._tokenizer.decode(tokens[:length], skip_special_tokens=True)
+        return text.split(self._stop)[0] if self._stop else text
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    prompt: str,
+    *,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    stop: str | None = None,
+) -> str:
+    """Return the greedy completion of a prompt, without the stop string."""
+    generator = Generator(model, tokenizer, max_new_tokens=max_new_tokens, stop=stop)
+    return generator.write([[prompt]])[0][0]
+
+
+@contextmanager
+def _rows_of_probes(model: PreTrainedModel, live: Live, counts: Sequence[int]) -> Iterator[None]:
+    """Keep the layers told which tokens are whose: of every row, as many as a forward has."""
+    rows = (0, *accumulate(counts))
+
+    def tell(num_tokens: int) -> None:
+        live.bounds = tuple(row * (num_tokens // rows[-1]) for row in rows)
+
+    def before_model(_: nn.Module, __: tuple[Any, ...], named: dict[str, Any]) -> None:
+        tell(named["input_ids"].numel())
+
+    def before_head(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        tell(inputs[0].shape[:-1].numel())
+
+    handles = [model.register_forward_pre_hook(before_model, with_kwargs=True)]
+    handles.append(model.get_output_embeddings().register_forward_pre_hook(before_head))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        live.bounds = None

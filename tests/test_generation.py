@@ -1,0 +1,125 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.gptq_files import write_gptq
+from support.models import ARCHITECTURES, tiny_model
+from support.runs import VARIANT, loaded, tiny_checkpoint, write_tokenizer
+
+import qzo
+from qzo.errors import ConfigError
+from qzo.generation import Generator, generate
+from qzo.linear import Live
+from qzo.model import load_tokenizer, trained_layers
+from qzo.probes import Probe
+from qzo.scales import Coordinates, Scales
+
+PROMPTS = ["a fine film", "x:", "say 12345 and then", "q"]
+PROBES = [Probe(5, 0.2), Probe(5, -0.2), Probe(9, 0.2)]
+COORDINATES: tuple[Coordinates, ...] = ("absolute", "relative", "row")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("generation") / "base")
+
+
+@pytest.fixture
+def model(base: Path) -> Any:
+    return loaded(base, (base / "model.safetensors").stat().st_mtime_ns)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(base: Path) -> Any:
+    return load_tokenizer(base)
+
+
+def scales_of(model: Any, coordinates: Coordinates = "row") -> tuple[Scales, Live]:
+    layers = trained_layers(model, None)
+    scales = Scales.of_layers(layers, coordinates=coordinates, direction="rademacher")
+    return scales, layers[0].live
+
+
+def naive(model: Any, tokenizer: Any, prompt: str, *, num_tokens: int, stop: str | None) -> str:
+    """Write token by token: one row, no padding, no cache, no loop of transformers'."""
+    tokens = tokenizer(prompt)["input_ids"]
+    written: list[int] = []
+    for _ in range(num_tokens):
+        with torch.inference_mode():
+            logits = model(input_ids=torch.tensor([tokens + written]), use_cache=False).logits
+        written.append(int(logits[0, -1].argmax()))
+        text: str = tokenizer.decode(written, skip_special_tokens=True)
+        if written[-1] == tokenizer.eos_token_id:
+            return text
+        if stop is not None and stop in text:
+            return text.split(stop)[0]
+    return text
+
+
+@pytest.mark.parametrize("stop", [None, "f"])
+@pytest.mark.parametrize("coordinates", COORDINATES)
+def test_stacked_probes_write_what_each_writes_alone(
+    model: Any, tokenizer: Any, coordinates: Coordinates, stop: str | None
+) -> None:
+    scales, live = scales_of(model, coordinates)
+    offset = 0.01 if coordinates == "absolute" else 0.2
+    probes = [Probe(probe.seed, offset if probe.offset > 0 else -offset) for probe in PROBES]
+    prompts = [PROMPTS, PROMPTS[1:3], PROMPTS[:1]]  # unequal parts
+
+    with scales.shifted(live, probes):
+        got = Generator(model, tokenizer, live, max_new_tokens=12, stop=stop).write(prompts)
+
+    want = []
+    for probe, of_probe in zip(probes, prompts, strict=True):
+        with scales.shifted(live, [probe]):
+            texts = [naive(model, tokenizer, p, num_tokens=12, stop=stop) for p in of_probe]
+        want.append(texts)
+    assert got == want
+    assert len({text for texts in want for text in texts}) > 3  # probes and prompts differ
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_padding_does_not_show(tmp_path: Path, architecture: str) -> None:
+    write_gptq(tmp_path, tiny_model(architecture), VARIANT)
+    tokenizer, model = write_tokenizer(tmp_path), qzo.load(tmp_path)
+
+    (got,) = Generator(model, tokenizer, max_new_tokens=10, stop=None).write([PROMPTS])
+
+    assert got == [naive(model, tokenizer, p, num_tokens=10, stop=None) for p in PROMPTS]
+
+
+def test_a_penalty_for_repetition_does_not_see_the_padding(
+    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model.generation_config, "repetition_penalty", 3.0)
+
+    (got,) = Generator(model, tokenizer, max_new_tokens=10, stop=None).write([PROMPTS])
+
+    alone = [generate(model, tokenizer, prompt, max_new_tokens=10) for prompt in PROMPTS]
+    assert got == alone
+
+
+def test_one_prompt_is_not_held_up_by_another(model: Any, tokenizer: Any) -> None:
+    (texts,) = Generator(model, tokenizer, max_new_tokens=12, stop="f").write([PROMPTS])
+
+    lengths = {len(text) for text in texts}
+    assert not any("f" in text for text in texts)
+    assert len(lengths) > 1
+
+
+def test_nothing_of_a_generation_stays_behind(model: Any, tokenizer: Any) -> None:
+    scales, live = scales_of(model)
+    hooks = [len(module._forward_pre_hooks) for module in model.modules()]
+
+    with scales.shifted(live, PROBES[:2]):
+        Generator(model, tokenizer, live, max_new_tokens=2).write([PROMPTS, PROMPTS])
+
+    assert live.bounds is None
+    assert [len(module._forward_pre_hooks) for module in model.modules()] == hooks
+
+
+def test_a_generator_needs_room_for_a_prompt(model: Any, tokenizer: Any) -> None:
+    message = r"^max_new_tokens: expected less than the model's 64 positions, got 64$"
+    with pytest.raises(ConfigError, match=message):
+        Generator(model, tokenizer, max_new_tokens=64)
