@@ -102,7 +102,7 @@ class Objective:
         self._batch_size = batch_size
         self._num_micro_batches = num_micro_batches
         self._data_seed = data_seed
-        labels = [example.label for example in self._examples]
+        labels = [example.label for example in data.examples]
         self._labels = tuple(labels) if is_stratified else (0,) * len(labels)
         self._ranks = ranks or Ranks()
         if num_micro_batches < self._ranks.size:
