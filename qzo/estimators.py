@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Protocol, runtime_checkable
 
 from qzo.errors import ConfigError
-from qzo.probes import DirectionalDerivative, Probe, direction_seed
+from qzo.probes import DirectionalDerivative, Probe, basis_seed, direction_seed
 
 
 @runtime_checkable
@@ -38,6 +38,7 @@ class SPSA:
         seed: Seed of the run.
         num_directions: Directions per step; their estimates are averaged.
         max_loss_difference: Clip of ``|L+ - L-|`` in nats; None for no clip.
+        basis_steps: Steps in a row whose directions share a basis; None where there is none.
 
     Raises:
         ConfigError: An argument is not positive.
@@ -50,6 +51,7 @@ class SPSA:
         *,
         num_directions: int = 1,
         max_loss_difference: float | None = None,
+        basis_steps: int | None = None,
     ) -> None:
         check_positive("zo.epsilon", epsilon)
         check_positive("zo.num_directions", num_directions)
@@ -59,11 +61,14 @@ class SPSA:
         self.seed = seed
         self.num_directions = num_directions
         self.max_loss_difference = max_loss_difference
+        self.basis_steps = basis_steps
 
     def ask(self, step: int) -> list[Probe]:
         """Return ``+epsilon`` for every direction, then ``-epsilon`` for every direction."""
         seeds = [direction_seed(self.seed, step, i) for i in range(self.num_directions)]
-        return [Probe(seed, sign * self.epsilon) for sign in (1, -1) for seed in seeds]
+        steps = self.basis_steps
+        basis = 0 if steps is None else basis_seed(self.seed, step, steps)
+        return [Probe(seed, sign * self.epsilon, basis=basis) for sign in (1, -1) for seed in seeds]
 
     def tell(self, probes: Sequence[Probe], losses: Sequence[float]) -> list[DirectionalDerivative]:
         """Return the clipped derivative of every direction; NaN where a loss is not finite.
@@ -78,7 +83,9 @@ class SPSA:
                 raw = math.nan  # not infinity, which the clip would turn into a number
             value = self.clip(raw)
             is_clipped = abs(value) < abs(raw)
-            derivatives.append(DirectionalDerivative(probe.seed, value, raw, is_clipped))
+            derivatives.append(
+                DirectionalDerivative(probe.seed, value, raw, is_clipped, basis=probe.basis)
+            )
         return derivatives
 
     def clip(self, derivative: float) -> float:
@@ -104,6 +111,7 @@ class PerExampleSPSA(SPSA):
         num_directions: Examples of a step.
         max_loss_difference: Clip of ``|L+ - L-|`` in nats; None for no clip.
         is_normalized: Whether to normalise.
+        basis_steps: Steps in a row whose directions share a basis; None where there is none.
 
     Source: GRZO, arXiv 2606.02857, which normalises by the standard deviation.
     """
@@ -116,12 +124,14 @@ class PerExampleSPSA(SPSA):
         num_directions: int,
         max_loss_difference: float | None = None,
         is_normalized: bool = False,
+        basis_steps: int | None = None,
     ) -> None:
         super().__init__(
             epsilon,
             seed,
             num_directions=num_directions,
             max_loss_difference=max_loss_difference,
+            basis_steps=basis_steps,
         )
         self.is_normalized = is_normalized
 
@@ -138,10 +148,7 @@ class PerExampleSPSA(SPSA):
         """Return one probe at ``+epsilon`` per example, then one at ``-epsilon`` per example."""
         shared = super().ask(step)
         half = len(shared) // 2
-        return [
-            Probe(probe.seed, probe.offset, examples=(i % half, i % half + 1))
-            for i, probe in enumerate(shared)
-        ]
+        return [replace(probe, examples=(i % half, i % half + 1)) for i, probe in enumerate(shared)]
 
 
 def check_positive(key: str, value: float) -> None:

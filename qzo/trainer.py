@@ -129,7 +129,10 @@ class Trainer:
         layers = trained_layers(model, config.zo.num_blocks, config.zo.modules)
         self._live: Live = layers[0].live
         self.scales = Scales.of_layers(
-            layers, coordinates=config.zo.coordinates, direction=config.zo.direction
+            layers,
+            coordinates=config.zo.coordinates,
+            direction=config.zo.direction,
+            direction_settings=config.zo.direction_settings,
         )
         self.estimator = make_estimator(config)
         self.optimizer = make_optimizer(config.zo.optimizer, config.zo.optimizer_settings)
@@ -443,6 +446,7 @@ def make_estimator(config: Recipe) -> Estimator:
             config.seed,
             num_directions=num_examples,
             max_loss_difference=zo.max_loss_difference,
+            basis_steps=zo.basis_steps,
             is_normalized=zo.normalize,
         )
     return SPSA(
