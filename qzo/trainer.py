@@ -454,4 +454,5 @@ def make_estimator(config: Recipe) -> Estimator:
         config.seed,
         num_directions=zo.num_directions,
         max_loss_difference=zo.max_loss_difference,
+        basis_steps=zo.basis_steps,
     )
