@@ -16,6 +16,15 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic_core import PydanticCustomError
 
 from qzo.coordinates import BY_FACTORS, Coordinates
+from qzo.direction_settings import (
+    RANK_MAX,
+    RANKS,
+    DirectionSettings,
+    LawName,
+    MaskName,
+    basis_steps_of,
+    problem_of,
+)
 from qzo.errors import ConfigError
 from qzo.estimators import make_estimator
 from qzo.memory import parse_memory
@@ -62,16 +71,20 @@ class ZOConfig(BaseModel):
     )
     examples_per_direction: Int = Field(default=1, ge=1)  # per_example: examples that share one
     sides: Literal["two", "leave_one_out"] = "two"  # per_example: where a group is evaluated
-    basis_steps: Int | None = Field(default=None, ge=1)  # steps whose directions share a basis
     coordinates: Coordinates = "row"
-    direction: Literal["rademacher", "gaussian"] = "rademacher"
+    direction: LawName = "rademacher"
+    rank: Int | None = Field(default=None, ge=1, le=RANK_MAX)  # lozo (2), subzero (8)
+    sparsity: Float | None = Field(default=None, ge=0, lt=1)  # part that is not perturbed
+    mask: MaskName | None = None  # with a sparsity: random, or magnitude, which is fixed
+    blocks_per_step: Int | None = Field(default=None, ge=1)  # perturb so many at a time
+    basis_steps: Int | None = Field(default=None, ge=1)  # steps whose directions share a basis
     epsilon: Float = Field(default=1e-2, gt=0)
     num_directions: Int = Field(default=1, ge=1)
     num_blocks: Int | None = Field(default=None, ge=1)  # train the last so many decoder blocks
     modules: list[str] | None = None  # train layers whose names hold one of these, such as k_proj
     normalize: bool = True  # per_example: derivatives of a step have a root mean square of 1
     max_loss_difference: Float | None = Field(default=None, gt=0)
-    optimizer: Literal["sgd", "sign", "momentum", "adam"] = "sgd"
+    optimizer: Literal["sgd", "sign", "momentum", "adam", "lozo_momentum"] = "sgd"
     momentum: Float = Field(default=0.9, ge=0, lt=1)
     adam_beta1: Float = Field(default=0.9, ge=0, lt=1)
     adam_beta2: Float = Field(default=0.999, ge=0, lt=1)
@@ -82,8 +95,18 @@ class ZOConfig(BaseModel):
     def optimizer_settings(self) -> dict[str, float]:
         """The arguments of the optimizer."""
         adam = ("adam_beta1", "adam_beta2", "adam_epsilon")
-        names = {"momentum": ("momentum",), "adam": adam}.get(self.optimizer, ())
-        return {name: getattr(self, name) for name in names}
+        names = {"momentum": ("momentum",), "lozo_momentum": ("momentum",), "adam": adam}
+        return {name: getattr(self, name) for name in names.get(self.optimizer, ())}
+
+    @property
+    def direction_settings(self) -> DirectionSettings:
+        """What the law of the directions is told; defaults are filled in."""
+        return DirectionSettings(
+            self.rank or RANKS.get(self.direction),
+            self.sparsity,
+            self.mask or (None if self.sparsity is None else "random"),
+            self.blocks_per_step,
+        )
 
 
 class Recipe(BaseModel):
@@ -261,7 +284,13 @@ def recipe(values: Mapping[str, Any]) -> Recipe:
     except ValidationError as error:
         raise ConfigError(_first_problem(error)) from error
     _check_together(result)
-    return result
+    return _with_basis_steps(result)
+
+
+def _with_basis_steps(values: Recipe) -> Recipe:
+    zo = values.zo
+    steps = basis_steps_of(zo.direction, zo.direction_settings, zo.basis_steps)
+    return values.model_copy(update={"zo": zo.model_copy(update={"basis_steps": steps})})
 
 
 def _set(values: dict[str, Any], override: str) -> None:
@@ -316,6 +345,15 @@ def _check_together(values: Recipe) -> None:
         raise ConfigError(
             "prompt: expected a task whose template is left out, got 'none' without a task; "
             "own data has the prompts that it holds"
+        )
+    zo = values.zo
+    problem = problem_of(zo.direction, zo.coordinates, zo.direction_settings)
+    if problem is not None:
+        raise ConfigError(f"zo.{problem}")
+    if zo.optimizer == "lozo_momentum" and zo.direction != "lozo":
+        raise ConfigError(
+            f"zo.optimizer: expected 'lozo_momentum' with zo.direction 'lozo' only, got "
+            f"{zo.direction!r}; use 'momentum'"
         )
     if values.zo.estimator == "per_example" and values.zo.coordinates not in BY_FACTORS:
         raise ConfigError(

@@ -68,6 +68,8 @@ def directions(
     start: int,
     stop: int,
     device: torch.device | str = "cpu",
+    *,
+    stream: int = 0,
 ) -> Float[Tensor, "seeds length"]:
     """Return elements ``start`` to ``stop`` of one direction per seed.
 
@@ -77,12 +79,28 @@ def directions(
         start: First element.
         stop: One beyond the last element.
         device: Where the numbers are made.
+        stream: Which of the 2**32 independent directions of a seed.
     """
     per_counter = _VALUES_PER_COUNTER[name]
     first = start // per_counter
-    words = _words(seeds, first, -(-stop // per_counter), device)
+    words = _words(seeds, first, -(-stop // per_counter), device, stream)
     values = _signs(words) if name == "rademacher" else _normals(words)
     return values.view(len(seeds), -1)[:, start - first * per_counter : stop - first * per_counter]
+
+
+def uniform16(
+    seed: int, start: int, stop: int, device: torch.device | str = "cpu", *, stream: int
+) -> Int[Tensor, " length"]:
+    """Return elements ``start`` to ``stop`` of integers that are uniform below 2**16."""
+    first = start // 8
+    halves = _halves(_words([seed], first, -(-stop // 8), device, stream)).reshape(-1)
+    return halves[start - first * 8 : stop - first * 8]
+
+
+def uniform32(seed: int, count: int, *, stream: int) -> list[int]:
+    """Return the first integers of a stream that are uniform below 2**32."""
+    words: list[int] = _words([seed], 0, -(-count // 4), "cpu", stream).reshape(-1).tolist()
+    return words[:count]
 
 
 def _signs(words: Int[Tensor, "seeds counters 4"]) -> Float[Tensor, "seeds counters 4 32"]:
@@ -94,8 +112,11 @@ def _signs(words: Int[Tensor, "seeds counters 4"]) -> Float[Tensor, "seeds count
 
 def _normals(words: Int[Tensor, "seeds counters 4"]) -> Float[Tensor, "seeds counters 4 2"]:
     """Turn every 16 bits into a quantile of N(0, 1)."""
-    halves = torch.stack((words & 0xFFFF, words >> 16), dim=-1)
-    return _quantiles().to(words.device)[halves]
+    return _quantiles().to(words.device)[_halves(words)]
+
+
+def _halves(words: Int[Tensor, "seeds counters 4"]) -> Int[Tensor, "seeds counters 4 2"]:
+    return torch.stack((words & 0xFFFF, words >> 16), dim=-1)
 
 
 @cache
@@ -106,14 +127,14 @@ def _sign_table() -> Float[Tensor, "256 8"]:
 
 
 def _words(
-    seeds: Sequence[int], first: int, last: int, device: torch.device | str
+    seeds: Sequence[int], first: int, last: int, device: torch.device | str, stream: int
 ) -> Int[Tensor, "seeds counters 4"]:
     keys = torch.tensor(
         [[seed & _MASK, (seed >> 32) & _MASK] for seed in seeds], dtype=torch.int64, device=device
     )
     position = torch.arange(first, last, dtype=torch.int64, device=device)[None, :]
     zero = torch.zeros_like(position)
-    counter = (position & _MASK, position >> 32, zero, zero)
+    counter = (position & _MASK, position >> 32, zero + stream, zero)
     return torch.stack(philox4x32(counter, (keys[:, :1], keys[:, 1:])), dim=-1)
 
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from qzo.coordinates import Coordinates
-from qzo.directions import DirectionName
+from qzo.direction_settings import DirectionSettings, LawName, basis_steps_of, settings_of
 from qzo.errors import CheckpointError
 from qzo.files import WriteError, new_file, parse_json, write_bytes
 from qzo.probes import DirectionalDerivative, basis_seed, direction_seed
@@ -324,6 +324,18 @@ def open_record(path: Path) -> Record:
     return Journal.open(path / NAME)
 
 
+def direction_settings_of(header: Mapping[str, Any]) -> DirectionSettings:
+    """Return what the law of the directions was told; the header has been checked."""
+    found = header.get("direction_settings")
+    return settings_of(found, header["direction"], header["coordinates"])
+
+
+def header_basis_steps(header: Mapping[str, Any]) -> int | None:
+    """Return how many steps share a basis, where the law has one."""
+    settings = direction_settings_of(header)
+    return basis_steps_of(header["direction"], settings, header.get("basis_steps"))
+
+
 def derivatives_of(
     record: Step, run_seed: int, basis_steps: int | None = None
 ) -> list[DirectionalDerivative]:
@@ -389,20 +401,24 @@ def _header(path: Path, lines: Sequence[bytes]) -> dict[str, Any]:
             raise CheckpointError(
                 f"{path}: line 1: expected {key} of type {kind.__name__}, got {header.get(key)!r}"
             )
-    for key, names in (("coordinates", Coordinates), ("direction", DirectionName)):
+    for key, names in (("coordinates", Coordinates), ("direction", LawName)):
         if header[key] not in get_args(names):
             raise CheckpointError(
                 f"{path}: line 1: expected {key} to be one of {list(get_args(names))}, got "
                 f"{header[key]!r}"
             )
-    if not all(isinstance(layer, str) for layer in header["layers"]):
-        raise CheckpointError(f"{path}: line 1: expected names of layers, got something else")
+    try:
+        direction_settings_of(header)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: line 1: direction_settings: {error}") from error
     basis_steps = header.get("basis_steps")
     if basis_steps is not None and not (type(basis_steps) is int and basis_steps > 0):
         raise CheckpointError(
             f"{path}: line 1: expected basis_steps to be a number above 0 or null, got "
             f"{basis_steps!r}"
         )
+    if not all(isinstance(layer, str) for layer in header["layers"]):
+        raise CheckpointError(f"{path}: line 1: expected names of layers, got something else")
     if not 0 <= header["seed"] < 2**63:
         raise CheckpointError(f"{path}: line 1: expected a seed of 63 bits, got {header['seed']}")
     return header

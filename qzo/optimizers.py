@@ -25,6 +25,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qzo.errors import CheckpointError
+from qzo.lozo_momentum import LOZOMomentum
 from qzo.probes import DirectionalDerivative
 from qzo.scales import Scales
 
@@ -172,6 +173,7 @@ class Adam(SGD):
 
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     **{"sgd": SGD, "sign": Sign, "momentum": Momentum, "adam": Adam},
+    "lozo_momentum": LOZOMomentum,
 }
 
 

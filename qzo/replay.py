@@ -12,7 +12,14 @@ from qzo.checkpoint import Checkpoint, open_checkpoint
 from qzo.directions import GENERATOR
 from qzo.errors import CheckpointError, ConfigError
 from qzo.files import new_folder
-from qzo.journal import Fingerprint, Record, derivatives_of, open_record
+from qzo.journal import (
+    Fingerprint,
+    Record,
+    derivatives_of,
+    direction_settings_of,
+    header_basis_steps,
+    open_record,
+)
 from qzo.optimizers import Optimizer, make_optimizer
 from qzo.scales import Scales
 from qzo.tensor_files import tensor_bytes
@@ -69,6 +76,7 @@ def replay(
         journal.header["layers"],
         coordinates=journal.header["coordinates"],
         direction=journal.header["direction"],
+        direction_settings=direction_settings_of(journal.header),
     )
     optimizer = optimizer_of(journal.header)
     steps, checked = apply_journal(journal, scales, optimizer, to_step=to_step)
@@ -125,6 +133,7 @@ def apply_journal(
         CheckpointError: A fingerprint differs, or the journal ends before ``to_step``.
     """
     header, step, checked = journal.header, from_step, 0
+    basis_steps = header_basis_steps(header)
     for record in journal.records():
         if record.step < from_step:
             continue
@@ -134,7 +143,7 @@ def apply_journal(
             continue
         if to_step is not None and record.step >= to_step:
             break
-        derivatives = derivatives_of(record, header["seed"], header.get("basis_steps"))
+        derivatives = derivatives_of(record, header["seed"], basis_steps)
         optimizer.step(scales, derivatives, record.learning_rate)
         step = record.step + 1
     if to_step is not None and step != to_step:

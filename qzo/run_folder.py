@@ -54,10 +54,11 @@ def header_of(
         "num_values": len(scales),
         "coordinates": config.zo.coordinates,
         "direction": config.zo.direction,
+        "direction_settings": config.zo.direction_settings.to_dict(),
+        "basis_steps": config.zo.basis_steps,
         "optimizer": config.zo.optimizer,
         "optimizer_settings": config.zo.optimizer_settings,
         "seed": config.seed,
-        "basis_steps": config.zo.basis_steps,
         "recipe": config.model_dump(mode="json"),
     }
 

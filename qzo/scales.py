@@ -17,8 +17,10 @@ from torch import Tensor
 
 from qzo.checkpoint import Checkpoint
 from qzo.coordinates import BY_FACTORS, Coordinates, crossing_message, num_values
-from qzo.directions import DirectionName, combine, directions
+from qzo.direction_settings import DirectionSettings, LawName
+from qzo.directions import combine
 from qzo.errors import CheckpointError, ConfigError
+from qzo.laws import Law, Part
 from qzo.linear import EffectiveScales, Live, Multipliers, ProbeScales, QuantLinear
 from qzo.probes import DirectionalDerivative, Probe
 from qzo.tensor_files import tensor_bytes
@@ -26,6 +28,8 @@ from qzo.tensor_files import tensor_bytes
 # Elements of a direction, and of a shifted vector per probe, that exist at one time; more where one
 # layer has more. Small parts would cost more in calls than in numbers.
 WINDOW = 2**18
+
+PLAIN = DirectionSettings()
 
 
 class Scales:
@@ -35,10 +39,12 @@ class Scales:
         names: The quantized layers, in the order of the vector.
         file_scales: Their scales as stored, ``(out, groups)`` each; kept, not copied.
         coordinates: How the vector becomes effective scales.
-        direction: Distribution of the directions.
+        direction: Law of the directions.
+        direction_settings: What else the law is told.
 
     Attributes:
         values: The fp32 master.
+        law: Draws the directions.
         stretch: What every direction is multiplied by, or None: 1. A step along stretched
             directions is a step of gradient descent with ``stretch**2`` as its preconditioner.
 
@@ -52,13 +58,15 @@ class Scales:
         file_scales: Sequence[Float[Tensor, "_ _"]],  # every layer has its own shape
         *,
         coordinates: Coordinates,
-        direction: DirectionName,
+        direction: LawName,
+        direction_settings: DirectionSettings = PLAIN,
     ) -> None:
         self.names = list(names)
         self.coordinates = coordinates
-        self.direction: DirectionName = direction
+        self.direction: LawName = direction
         self._file_scales = list(file_scales)
         self._bounds = [0, *accumulate(num_values(coordinates, *s.shape) for s in file_scales)]
+        self.law = Law(direction, direction_settings, self._parts(), file_scales)
         device = file_scales[0].device
         self.values = torch.empty(self._bounds[-1], dtype=torch.float32, device=device)
         self.stretch: Float[Tensor, " size"] | None = None
@@ -72,7 +80,8 @@ class Scales:
         names: Sequence[str],
         *,
         coordinates: Coordinates,
-        direction: DirectionName,
+        direction: LawName,
+        direction_settings: DirectionSettings = PLAIN,
     ) -> "Scales":
         """Read the scales of some layers of a checkpoint, without a model."""
         weights = [checkpoint.weight(layer) for layer in names]
@@ -82,6 +91,7 @@ class Scales:
             [weight.scales for weight in weights],
             coordinates=coordinates,
             direction=direction,
+            direction_settings=direction_settings,
         )
 
     @classmethod
@@ -90,7 +100,8 @@ class Scales:
         layers: Sequence[QuantLinear],
         *,
         coordinates: Coordinates,
-        direction: DirectionName,
+        direction: LawName,
+        direction_settings: DirectionSettings = PLAIN,
     ) -> "Scales":
         """Take over the scales of a model's layers and number the layers."""
         names = [layer.name for layer in layers]
@@ -103,7 +114,19 @@ class Scales:
             [weight.scales for weight in weights],
             coordinates=coordinates,
             direction=direction,
+            direction_settings=direction_settings,
         )
+
+    def _parts(self) -> list[Part]:
+        """Return the layout of the vector; factors of rows and columns are no matrix."""
+        has_matrices = self.coordinates not in BY_FACTORS
+        parts = []
+        for i, (name, (out, groups)) in enumerate(
+            zip(self.names, (scales.shape for scales in self._file_scales), strict=True)
+        ):
+            shape = (out, groups) if has_matrices else None
+            parts.append(Part(name, self._bounds[i], self._bounds[i + 1], shape))
+        return parts
 
     def __len__(self) -> int:
         """Return the number of trained values."""
@@ -169,8 +192,7 @@ class Scales:
         self, keys: Sequence[Probe] | Sequence[DirectionalDerivative], start: int, stop: int
     ) -> Float[Tensor, "keys length"]:
         """Return elements of one direction per key, as probes move along it."""
-        seeds = [key.seed for key in keys]
-        z = directions(self.direction, seeds, start, stop, self.values.device)
+        z = self.law.draw(keys, start, stop, self.values.device)
         return z if self.stretch is None else z * self.stretch[start:stop]
 
     def move(self, start: int, stop: int, change: Float[Tensor, " length"]) -> None:
@@ -224,15 +246,15 @@ class Scales:
         self, probes: Sequence[Probe], start: int, stop: int
     ) -> Float[Tensor, "probes length"]:
         master = self.values[start:stop]
-        moved = list({probe.seed: probe for probe in probes if probe.offset}.values())
+        moved = list({(p.seed, p.basis): p for p in probes if p.offset}.values())
         if not moved:
             return master.expand(len(probes), -1)
         z = self.draw(moved, start, stop)
-        place = {probe.seed: row for row, probe in enumerate(moved)}
+        place = {(probe.seed, probe.basis): row for row, probe in enumerate(moved)}
         shifted = master.repeat(len(probes), 1)
         for row, probe in zip(shifted, probes, strict=True):
             if probe.offset:
-                row.add_(z[place[probe.seed]] * probe.offset)
+                row.add_(z[place[probe.seed, probe.basis]] * probe.offset)
         return shifted
 
 

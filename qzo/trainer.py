@@ -138,7 +138,10 @@ class Trainer:
         layers = trained_layers(model, config.zo.num_blocks, config.zo.modules)
         self._live: Live = layers[0].live
         self.scales = Scales.of_layers(
-            layers, coordinates=config.zo.coordinates, direction=config.zo.direction
+            layers,
+            coordinates=config.zo.coordinates,
+            direction=config.zo.direction,
+            direction_settings=config.zo.direction_settings,
         )
         self.estimator = make_estimator(config)
         self.optimizer = make_optimizer(config.zo.optimizer, config.zo.optimizer_settings)

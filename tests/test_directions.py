@@ -8,7 +8,14 @@ import pytest
 import torch
 
 from qzo import directions as module
-from qzo.directions import DirectionName, combine, directions, philox4x32
+from qzo.directions import (
+    DirectionName,
+    combine,
+    directions,
+    philox4x32,
+    uniform16,
+    uniform32,
+)
 from qzo.probes import direction_seed
 
 NAMES: tuple[DirectionName, ...] = ("rademacher", "gaussian")
@@ -95,6 +102,28 @@ def test_any_part_equals_that_part_of_the_whole(name: DirectionName, start: int,
     whole = directions(name, SEEDS, 0, 1000)
 
     assert torch.equal(directions(name, SEEDS, start, stop), whole[:, start:stop])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_stream_is_the_third_word_of_the_counter(name: DirectionName) -> None:
+    streams = [directions(name, [7], 0, 256, stream=stream)[0] for stream in range(3)]
+
+    assert torch.equal(streams[0], one(name, 7, 256))
+    assert len({tuple(stream.tolist()) for stream in streams}) == 3
+    words = [word for n in range(2) for word in naive_philox([n, 0, 2, 0], [7, 0])]
+    if name == "rademacher":
+        assert streams[2].tolist() == [
+            1.0 if words[i // 32] >> i % 32 & 1 else -1.0 for i in range(256)
+        ]
+
+
+def test_uniform_integers_are_the_words_of_a_stream() -> None:
+    words = [word for n in range(3) for word in naive_philox([n, 0, 5, 0], [7, 9])]
+    halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
+    seed = 7 + (9 << 32)
+
+    assert uniform32(seed, 9, stream=5) == words[:9]
+    assert uniform16(seed, 3, 21, stream=5).tolist() == halves[3:21]
 
 
 def test_positions_beyond_32_bits_use_the_next_word_of_the_counter() -> None:

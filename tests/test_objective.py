@@ -16,7 +16,6 @@ from support.runs import (
 from transformers import PreTrainedModel
 
 from qzo.coordinates import Coordinates
-from qzo.directions import directions
 from qzo.encoding import EncodedExample
 from qzo.errors import ConfigError, DataError
 from qzo.estimators import PerExampleSPSA
@@ -116,7 +115,7 @@ def dense_at(base: Path, scales: Scales, probe: Probe) -> PreTrainedModel:
     """Return a dense model with the weights of one probe."""
     stored = scales._file_scales
     moved = Scales(scales.names, stored, coordinates=scales.coordinates, direction=scales.direction)
-    z = directions(scales.direction, [probe.seed], 0, len(scales))[0]
+    z = moved.draw([probe], 0, len(scales))[0]
     moved.move(0, len(moved), z * probe.offset)
     return dense_equal(base, {name: moved.tuned(i).T for i, name in enumerate(moved.names)})
 

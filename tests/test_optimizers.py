@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 import torch
 
+from qzo.direction_settings import DirectionSettings
 from qzo.directions import directions
 from qzo.errors import CheckpointError
 from qzo.optimizers import OPTIMIZERS, make_optimizer
@@ -13,8 +14,14 @@ from qzo.scales import Scales
 RATES = (0.01, 0.02, 0.01, 0.005)
 
 
-def new_scales() -> Scales:
+def new_scales(name: str = "sgd") -> Scales:
+    """Return the scales of one layer, with directions that an optimizer can use."""
     stored = 1 + torch.rand(40, 3, generator=torch.Generator().manual_seed(1))
+    if name == "lozo_momentum":
+        rank = DirectionSettings(rank=2)
+        return Scales(
+            ["a"], [stored], coordinates="relative", direction="lozo", direction_settings=rank
+        )
     return Scales(["a"], [stored], coordinates="relative", direction="gaussian")
 
 
@@ -74,7 +81,7 @@ def test_an_optimizer_descends_on_a_quadratic(name: str, rate: float) -> None:
 
 @pytest.mark.parametrize("name", sorted(OPTIMIZERS))
 def test_a_restored_optimizer_goes_on_bitwise(name: str) -> None:
-    straight, stopped = new_scales(), new_scales()
+    straight, stopped = new_scales(name), new_scales(name)
     optimizer, first = make_optimizer(name, {}), make_optimizer(name, {})
     for step, rate in enumerate(RATES):
         optimizer.step(straight, derivatives_of(step), rate)
@@ -91,7 +98,7 @@ def test_a_restored_optimizer_goes_on_bitwise(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(OPTIMIZERS))
 def test_a_step_without_a_finite_derivative_moves_nothing(name: str) -> None:
-    scales, optimizer = new_scales(), make_optimizer(name, {})
+    scales, optimizer = new_scales(name), make_optimizer(name, {})
     optimizer.step(scales, derivatives_of(0), 0.01)
     before = scales.values.clone()
     state = {key: tensor.clone() for key, tensor in optimizer.state().items()}
@@ -105,7 +112,8 @@ def test_a_step_without_a_finite_derivative_moves_nothing(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "settings", "reason"),
     [
-        ("sgdm", {}, "optimizer: expected one of ['adam', 'momentum', 'sgd', 'sign'], got 'sgdm'"),
+        ("sgdm", {}, "optimizer: expected one of ['adam', 'lozo_momentum', 'momentum', 'sgd', "
+            "'sign'], got 'sgdm'"),
         ("momentum", {"momentum": "a"}, "optimizer_settings: expected numbers from 0 to below 1, "
             "got {'momentum': 'a'}"),
         ("adam", {"adam_beta1": 1.0}, "optimizer_settings: expected numbers from 0 to below 1, got "

@@ -14,7 +14,7 @@ from qzo import trainer as trainer_module
 from qzo.checkpoint import open_checkpoint
 from qzo.coordinates import Coordinates
 from qzo.errors import CheckpointError, ConfigError
-from qzo.journal import Journal, write_compact
+from qzo.journal import Journal, direction_settings_of, write_compact
 from qzo.optimizers import OPTIMIZERS
 from qzo.replay import apply_journal, optimizer_of
 from qzo.scales import Scales
@@ -77,6 +77,7 @@ def rebuilt(run: Run, *, to_step: int | None = None) -> torch.Tensor:
         journal.header["layers"],
         coordinates=journal.header["coordinates"],
         direction=journal.header["direction"],
+        direction_settings=direction_settings_of(journal.header),
     )
     apply_journal(journal, scales, optimizer_of(journal.header), to_step=to_step)
     return scales.values

@@ -46,6 +46,10 @@ ESTIMATORS: dict[str, dict[str, Any]] = {
     },
     "momentum": {"optimizer": "momentum", "momentum": 0.5},
     "adam": {"optimizer": "adam", "adam_beta1": 0.5},
+    "lozo_momentum": {
+        **{"estimator": "spsa", "coordinates": "relative", "direction": "lozo", "basis_steps": 4},
+        **{"optimizer": "lozo_momentum", "momentum": 0.5},
+    },
 }
 """A ``zo`` block for every kind of coordinates, and for every optimizer with a state."""
 

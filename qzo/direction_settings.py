@@ -1,0 +1,143 @@
+"""What a law of directions is called and told: names, settings, and which of them go together.
+
+- ``rademacher``, ``gaussian``: every element by itself; with ``sparsity`` and ``blocks_per_step``
+  only a part of them is perturbed.
+- ``lozo``, ``subzero``: matrices of a low ``rank``.
+
+The formulas are in ``masks`` and ``subspaces``. What several steps share (a mask, a choice of
+blocks, a subspace) follows from their basis; ``basis_steps_of`` says how many share one.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+from qzo.coordinates import BY_FACTORS
+
+LawName = Literal["rademacher", "gaussian", "lozo", "subzero"]
+MaskName = Literal["random", "magnitude"]
+
+LOW_RANK = ("lozo", "subzero")
+RANKS = {"lozo": 2, "subzero": 8}  # defaults of the papers' programs
+RANK_MAX = 1024
+MASKS = ("random", "magnitude")
+_BASIS_STEPS = {"lozo": 50, "subzero": 1000}  # LOZO's nu and SubZero's F
+
+
+@dataclass(frozen=True)
+class DirectionSettings:
+    """What a law is told besides its name; None where it has no such setting.
+
+    Attributes:
+        rank: Of the matrices of a low-rank law.
+        sparsity: Part of the elements that is not perturbed.
+        mask: Which part that is.
+        blocks_per_step: Decoder blocks, or a quantized head, that are perturbed at a time.
+    """
+
+    rank: int | None = None
+    sparsity: float | None = None
+    mask: MaskName | None = None
+    blocks_per_step: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what is set, for the header of a journal."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
+
+def settings_of(value: object, direction: str, coordinates: str) -> DirectionSettings:
+    """Read the settings of a journal's header, which anyone may have written.
+
+    Args:
+        value: ``direction_settings`` of the header; None where it has none.
+        direction: Name of the law.
+        coordinates: Of the trained vector.
+
+    Raises:
+        ValueError: They are not settings of this law.
+    """
+    value = {} if value is None else value
+    known = [field.name for field in fields(DirectionSettings)]
+    if not isinstance(value, Mapping) or not set(value) <= set(known):
+        raise ValueError(f"expected some of the keys {', '.join(known)}, got {value!r}")
+    for key, kind in (("rank", int), ("sparsity", float), ("blocks_per_step", int)):
+        if key in value and type(value[key]) is not kind:  # True is no number here
+            raise ValueError(f"{key}: expected {kind.__name__}, got {value[key]!r}")
+    if "mask" in value and value["mask"] not in MASKS:
+        raise ValueError(f"mask: expected one of {list(MASKS)}, got {value['mask']!r}")
+    settings = DirectionSettings(**value)
+    problem = problem_of(direction, coordinates, settings)
+    if problem is not None:
+        raise ValueError(problem)
+    return settings
+
+
+def basis_steps_of(
+    direction: str, settings: DirectionSettings, basis_steps: int | None
+) -> int | None:
+    """Return how many steps share a basis; None where nothing follows from it.
+
+    Args:
+        direction: Name of the law.
+        settings: Of the law.
+        basis_steps: As given; None: 50 for LOZO and 1000 for SubZero, as in their papers, and 1 for
+            masks and blocks.
+    """
+    if basis_steps is not None:
+        return basis_steps
+    is_shared = settings.mask == "random" or settings.blocks_per_step is not None
+    return _BASIS_STEPS.get(direction, 1 if is_shared else None)
+
+
+def problem_of(direction: str, coordinates: str, settings: DirectionSettings) -> str | None:
+    """Say what is wrong with settings, as ``key: expected X, got Y``; None: nothing."""
+    if direction in LOW_RANK:
+        return _low_rank_problem(direction, coordinates, settings)
+    if settings.rank is not None:
+        return f"rank: expected none with {direction!r}, got {settings.rank}; {_have('a rank')}"
+    return _mask_problem(coordinates, settings) or _blocks_problem(settings)
+
+
+def _have(what: str) -> str:
+    return f"'lozo' and 'subzero' have {what}"
+
+
+def _low_rank_problem(direction: str, coordinates: str, settings: DirectionSettings) -> str | None:
+    if coordinates in BY_FACTORS:
+        return (
+            f"direction: expected 'rademacher' or 'gaussian' in {coordinates!r} coordinates, got "
+            f"{direction!r}; use 'absolute' or 'relative', where a layer has a matrix of values"
+        )
+    if settings.rank is None or not 1 <= settings.rank <= RANK_MAX:
+        return f"rank: expected a number from 1 to {RANK_MAX}, got {settings.rank}"
+    for key in ("sparsity", "mask", "blocks_per_step"):
+        value = getattr(settings, key)
+        if value is not None:
+            return (
+                f"{key}: expected none with {direction!r}, got {value!r}; use 'rademacher' or "
+                "'gaussian'"
+            )
+    return None
+
+
+def _mask_problem(coordinates: str, settings: DirectionSettings) -> str | None:
+    if settings.sparsity is None:
+        if settings.mask is not None:
+            return f"mask: expected a sparsity beside it, got {settings.mask!r} alone"
+        return None
+    if not 0 <= settings.sparsity < 1:
+        return f"sparsity: expected a number from 0 to below 1, got {settings.sparsity}"
+    if settings.mask is None:
+        return f"mask: expected one of {list(MASKS)} with a sparsity, got none"
+    if settings.mask == "magnitude" and coordinates in BY_FACTORS:
+        return (
+            f"mask: expected 'random' in {coordinates!r} coordinates, got 'magnitude'; use "
+            "'absolute' or 'relative', where every value has a scale of the file"
+        )
+    return None
+
+
+def _blocks_problem(settings: DirectionSettings) -> str | None:
+    if settings.blocks_per_step is not None and settings.blocks_per_step < 1:
+        return f"blocks_per_step: expected a number above 0, got {settings.blocks_per_step}"
+    return None
