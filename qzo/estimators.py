@@ -38,6 +38,8 @@ class SPSA:
         seed: Seed of the run.
         num_directions: Directions per step; their estimates are averaged.
         max_loss_difference: Clip of ``|L+ - L-|`` in nats; None for no clip.
+        measures_curvature: Whether the loss at the centre is measured too, for the second
+            derivative ``(L+ + L- - 2 L0) / epsilon^2`` along every direction.
 
     Raises:
         ConfigError: An argument is not positive.
@@ -50,6 +52,7 @@ class SPSA:
         *,
         num_directions: int = 1,
         max_loss_difference: float | None = None,
+        measures_curvature: bool = False,
     ) -> None:
         check_positive("zo.epsilon", epsilon)
         check_positive("zo.num_directions", num_directions)
@@ -59,11 +62,13 @@ class SPSA:
         self.seed = seed
         self.num_directions = num_directions
         self.max_loss_difference = max_loss_difference
+        self.measures_curvature = measures_curvature
 
     def ask(self, step: int) -> list[Probe]:
-        """Return ``+epsilon`` for every direction, then ``-epsilon`` for every direction."""
+        """Return ``+epsilon`` for every direction, ``-epsilon`` for every one, and the centre."""
         seeds = [direction_seed(self.seed, step, i) for i in range(self.num_directions)]
-        return [Probe(seed, sign * self.epsilon) for sign in (1, -1) for seed in seeds]
+        probes = [Probe(seed, sign * self.epsilon) for sign in (1, -1) for seed in seeds]
+        return [*probes, Probe(seeds[0], 0.0)] if self.measures_curvature else probes
 
     def tell(self, probes: Sequence[Probe], losses: Sequence[float]) -> list[DirectionalDerivative]:
         """Return the clipped derivative of every direction; NaN where a loss is not finite.
@@ -71,15 +76,22 @@ class SPSA:
         None is left out: the journal knows a direction by its place.
         """
         half = len(probes) // 2
-        derivatives = []
-        for probe, plus, minus in zip(probes[:half], losses[:half], losses[half:], strict=True):
-            raw = (plus - minus) / (2 * self.epsilon)
-            if not math.isfinite(raw):
-                raw = math.nan  # not infinity, which the clip would turn into a number
-            value = self.clip(raw)
-            is_clipped = abs(value) < abs(raw)
-            derivatives.append(DirectionalDerivative(probe.seed, value, raw, is_clipped))
-        return derivatives
+        centre = losses[-1] if self.measures_curvature else None
+        pairs = zip(probes[:half], losses[:half], losses[half : 2 * half], strict=True)
+        return [self._derivative(probe, plus, minus, centre) for probe, plus, minus in pairs]
+
+    def _derivative(
+        self, probe: Probe, plus: float, minus: float, centre: float | None
+    ) -> DirectionalDerivative:
+        raw = (plus - minus) / (2 * self.epsilon)
+        curvature = None
+        if centre is not None:
+            curvature = (plus + minus - 2 * centre) / self.epsilon**2
+            raw = raw if math.isfinite(curvature) else math.nan
+        if not math.isfinite(raw):
+            raw = math.nan  # not infinity, which the clip would turn into a number
+        value = self.clip(raw)
+        return DirectionalDerivative(probe.seed, value, raw, abs(value) < abs(raw), curvature)
 
     def clip(self, derivative: float) -> float:
         """Clip a directional derivative (DDC, eq. 6); NaN stays NaN."""

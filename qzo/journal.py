@@ -6,8 +6,10 @@ to rebuild the tuned scales, so the journal is the smallest adapter there is.
 
 ``journal.jsonl``: line 1 is the header. A step line is ``{"step", "losses", "derivatives",
 "learning_rate"}``; what is not finite is null. ``derivatives`` are what moved the scales; where the
-clip or the normalisation changed one, ``raw`` holds them as measured. A line ``{"step",
-"fingerprint"}`` holds the sha256 of the master before that step.
+clip or the normalisation changed one, ``raw`` holds them as measured; where the estimator measures
+them, ``curvatures`` holds the second derivatives. A line ``{"step",
+"fingerprint"}`` holds the sha256 of the master before that step. Where directions are stretched,
+the header's ``stretch`` holds a factor per layer for probes and one for updates.
 
 The compact form, ``journal.safetensors``, holds what a replay needs and no more: 16 bytes for a
 step of one direction. See ``write_compact``.
@@ -52,6 +54,7 @@ class Step:
     losses: tuple[float | None, ...]
     derivatives: tuple[float | None, ...]
     learning_rate: float
+    curvatures: tuple[float | None, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -165,6 +168,9 @@ class Journal:
         raw = [_finite_or_none(d.raw) for d in derivatives]
         if raw != line["derivatives"]:
             line["raw"] = raw
+        if any(d.curvature is not None for d in derivatives):
+            curvatures = [math.nan if d.curvature is None else d.curvature for d in derivatives]
+            line["curvatures"] = [_finite_or_none(curvature) for curvature in curvatures]
         self._num_unsynced += 1
         self._write(line, is_synced=self._num_unsynced >= self.sync_steps)
         self.next_step = step + 1
@@ -222,7 +228,16 @@ class CompactJournal:
         self._derivatives, self._rates, self._marked, self._digests = (
             tensors[key] for key in _COMPACT_TENSORS
         )
+        self._curvatures = tensors["curvatures"] if "curvatures" in tensors.files else None
         self.next_step = len(self._rates)
+        if self._curvatures is not None and (
+            self._curvatures.dtype != torch.float64
+            or self._curvatures.shape != self._derivatives.shape
+        ):
+            raise CheckpointError(
+                f"{path}: curvatures: expected a tensor of torch.float64 like derivatives, got "
+                f"{(self._curvatures.dtype, tuple(self._curvatures.shape))}"
+            )
         if len(self._derivatives) != len(self._rates) or len(self._marked) != len(self._digests):
             raise CheckpointError(f"{path}: expected tensors of as many steps, got others")
         if not bool(self._rates.isfinite().all()):
@@ -237,7 +252,8 @@ class CompactJournal:
             if step in marked:
                 yield Fingerprint(step, bytes(marked[step].tolist()).hex())
             values = tuple(_finite_or_none(value) for value in derivatives.tolist())
-            yield Step(step, (), values, rate)
+            curvatures = () if self._curvatures is None else self._curvatures[step].tolist()
+            yield Step(step, (), values, rate, tuple(map(_finite_or_none, curvatures)))
         if self.next_step in marked:
             yield Fingerprint(self.next_step, bytes(marked[self.next_step].tolist()).hex())
 
@@ -254,8 +270,8 @@ def write_compact(journal: Record, path: Path) -> None:
     """Write the compact form of a journal: everything but the losses and the raw derivatives.
 
     A safetensors file with ``derivatives`` (F64, steps x directions; NaN where there is none),
-    ``learning_rates`` (F64), ``fingerprint_steps`` (I64), ``fingerprints`` (U8, n x 32), and the
-    header in its metadata.
+    ``learning_rates`` (F64), ``fingerprint_steps`` (I64), ``fingerprints`` (U8, n x 32), where they
+    were measured ``curvatures`` (like ``derivatives``), and the header in its metadata.
 
     Raises:
         CheckpointError: Steps have different numbers of directions.
@@ -265,7 +281,8 @@ def write_compact(journal: Record, path: Path) -> None:
     marks = [record for record in records if isinstance(record, Fingerprint)]
     if len({len(step.derivatives) for step in steps}) > 1:
         raise CheckpointError(f"{journal.path}: expected as many directions in every step")
-    rows = [[math.nan if d is None else d for d in step.derivatives] for step in steps]
+    rows = [_filled(step.derivatives) for step in steps]
+    curvatures = [_filled(step.curvatures or (None,) * len(step.derivatives)) for step in steps]
     digests = [list(bytes.fromhex(mark.sha256)) for mark in marks]
     tensors = {
         "derivatives": torch.tensor(rows, dtype=torch.float64).view(
@@ -275,6 +292,8 @@ def write_compact(journal: Record, path: Path) -> None:
         "fingerprint_steps": torch.tensor([mark.step for mark in marks], dtype=torch.int64),
         "fingerprints": torch.tensor(digests, dtype=torch.uint8).view(len(marks), 32),
     }
+    if any(step.curvatures for step in steps):
+        tensors["curvatures"] = torch.tensor(curvatures, dtype=torch.float64)
     header = json.dumps(journal.header, separators=(",", ":"), allow_nan=False)
     with new_file(path) as partial:
         write_safetensors(partial, tensors.items(), {"header": header})
@@ -291,15 +310,24 @@ def open_record(path: Path) -> Record:
 
 def derivatives_of(record: Step, run_seed: int) -> list[DirectionalDerivative]:
     """Return the finite derivatives of a step with their seeds."""
+    curvatures = record.curvatures or (None,) * len(record.derivatives)
     return [
-        DirectionalDerivative(direction_seed(run_seed, record.step, number), value, value)
-        for number, value in enumerate(record.derivatives)
+        DirectionalDerivative(
+            direction_seed(run_seed, record.step, number), value, value, curvature=curvature
+        )
+        for number, (value, curvature) in enumerate(
+            zip(record.derivatives, curvatures, strict=True)
+        )
         if value is not None
     ]
 
 
 def _line(value: Mapping[str, Any]) -> bytes:
     return json.dumps(value, separators=(",", ":"), allow_nan=False).encode("utf-8") + b"\n"
+
+
+def _filled(values: Sequence[float | None]) -> list[float]:
+    return [math.nan if value is None else value for value in values]
 
 
 def _finite_or_none(value: float) -> float | None:
@@ -370,11 +398,15 @@ def _records(path: Path, lines: Sequence[bytes]) -> Iterator[Step | Fingerprint]
 
 def _step(path: Path, number: int, value: Mapping[str, Any]) -> Step:
     losses, derivatives = value.get("losses"), value.get("derivatives")
-    learning_rate = value.get("learning_rate")
+    learning_rate, curvatures = value.get("learning_rate"), value.get("curvatures", [])
     is_valid = (
         isinstance(losses, list)
         and isinstance(derivatives, list)
-        and all(entry is None or _is_number(entry) for entry in [*losses, *derivatives])
+        and isinstance(curvatures, list)
+        and len(curvatures) in {0, len(derivatives)}
+        and all(
+            entry is None or _is_number(entry) for entry in [*losses, *derivatives, *curvatures]
+        )
         and _is_number(learning_rate)
     )
     if not is_valid:
@@ -385,7 +417,9 @@ def _step(path: Path, number: int, value: Mapping[str, Any]) -> Step:
     assert isinstance(losses, list)
     assert isinstance(derivatives, list)
     assert isinstance(learning_rate, int | float)
-    return Step(int(value["step"]), tuple(losses), tuple(derivatives), learning_rate)
+    return Step(
+        int(value["step"]), tuple(losses), tuple(derivatives), learning_rate, tuple(curvatures)
+    )
 
 
 def _is_sha256(value: object) -> bool:

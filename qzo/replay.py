@@ -13,6 +13,7 @@ from qzo.directions import GENERATOR
 from qzo.errors import CheckpointError, ConfigError
 from qzo.files import new_folder
 from qzo.journal import Fingerprint, Record, derivatives_of, open_record
+from qzo.layer_scaling import stretch_scales
 from qzo.optimizers import Optimizer, make_optimizer
 from qzo.scales import Scales
 from qzo.tensor_files import tensor_bytes
@@ -124,6 +125,7 @@ def apply_journal(
     Raises:
         CheckpointError: A fingerprint differs, or the journal ends before ``to_step``.
     """
+    stretch_scales(scales, journal.header)
     step, checked = from_step, 0
     for record in journal.records():
         if record.step < from_step:
@@ -134,6 +136,7 @@ def apply_journal(
             continue
         if to_step is not None and record.step >= to_step:
             break
+        optimizer.aim(scales)
         optimizer.step(scales, derivatives_of(record, journal.header["seed"]), record.learning_rate)
         step = record.step + 1
     if to_step is not None and step != to_step:

@@ -138,6 +138,7 @@ def _planned_bytes(
     """Return what can stream, and all the other memory of a run with these examples."""
     zo = recipe.zo
     probes = 2 * (zo.num_directions if zo.estimator == "spsa" else 1)
+    probes += zo.optimizer in {"hizoo", "conservative"}  # the centre; three candidates of one step
     rows = probes * _most_rows(sets[0]) * recipe.per_device_train_batch_size
     for data in sets[1:]:
         rows = max(rows, _most_rows(data) * recipe.per_device_eval_batch_size)

@@ -1,7 +1,7 @@
 """The files of a run folder besides the scales: header, recipe, reference loss."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ def header_of(
     scales: Scales,
     train_set: ExampleSet,
     eval_set: ExampleSet | None,
+    stretch: Mapping[str, Sequence[float]] | None = None,
 ) -> dict[str, Any]:
     """Return the header of the journal: everything that a replay needs and a resume compares.
 
@@ -54,6 +55,7 @@ def header_of(
         "direction": config.zo.direction,
         "optimizer": config.zo.optimizer,
         "optimizer_settings": config.zo.optimizer_settings,
+        **({} if stretch is None else {"stretch": stretch}),
         "seed": config.seed,
         "recipe": config.model_dump(mode="json"),
     }
@@ -170,8 +172,8 @@ def _check_same(
 def _differing(
     old: Mapping[str, Any], new: Mapping[str, Any], free: Set[str], prefix: str = ""
 ) -> Iterator[tuple[str, Any, Any]]:
-    for key in sorted(set(new) - free):
-        want, got = old.get(key), new[key]
+    for key in sorted((set(old) | set(new)) - free):
+        want, got = old.get(key), new.get(key)
         if isinstance(want, dict) and isinstance(got, dict):
             yield from _differing(want, got, free, f"{prefix}{key}.")
         elif want != got:
