@@ -2,7 +2,8 @@
 
 After the derivative ``d`` along ``z``, the loss of the same batch is measured at ``v``,
 ``v - learning_rate d z`` and ``v + learning_rate d z``. The derivative that moves the scales is
-0, ``d`` or ``-d`` accordingly, so that a replay is plain SGD.
+0, ``d`` or ``-d`` accordingly, so that a replay is plain SGD. (Scales stop at 0 and probes do not:
+a step that takes some below 0 ends short of where its loss was measured.)
 
 Source: ZO-LLM, arXiv 2402.11592, ZO-SGD-Cons.
 """

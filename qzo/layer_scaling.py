@@ -105,13 +105,16 @@ def stretch_scales(scales: Scales, header: Mapping[str, Any]) -> None:
 
 def _numbers(given: Any, key: str, count: int) -> list[float]:
     numbers = given.get(key) if isinstance(given, dict) else None
-    is_valid = isinstance(numbers, list) and len(numbers) == count
-    if not is_valid or not all(map(_is_positive, numbers)):
+    if (
+        not isinstance(numbers, list)
+        or len(numbers) != count
+        or not all(_is_positive(number) for number in numbers)
+    ):
         raise CheckpointError(
             f"journal: expected stretch.{key} with a positive number for each of {count} layers, "
             "got something else"
         )
-    return list(numbers)
+    return numbers
 
 
 def _is_positive(value: object) -> bool:

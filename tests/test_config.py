@@ -185,6 +185,22 @@ def test_a_recipe_needs_no_data_where_the_trainer_is_given_examples() -> None:
             "than 0, got 0"),
         ({"zo": {"coordinates": "relative"}}, "zo.estimator: expected 'spsa' in 'relative' "
             "coordinates, got 'per_example', which needs one of row, column, rank_one"),
+        ({"zo": {"optimizer": "hizoo"}}, "zo.estimator: expected 'spsa' or 'spsa_1_5' with the "
+            "optimizer 'hizoo', which measures the curvature along a direction, got 'per_example'"),
+        ({"zo": {"optimizer": "conmezo"}}, "zo.estimator: expected 'spsa' with the optimizer "
+            "'conmezo', two-sided probes along directions that the whole batch shares, got "
+            "'per_example'"),
+        ({"zo": {"optimizer": "conservative"}}, "zo.estimator: expected 'spsa' or 'one_sided' with "
+            "the optimizer 'conservative', whose directions the whole batch shares, got "
+            "'per_example'"),
+        ({"zo": {"optimizer": "conservative", "estimator": "spsa", "num_directions": 2}},
+            "zo.num_directions: expected 1 with the optimizer 'conservative', which tries a step "
+            "along one direction, got 2"),
+        ({"zo": {"optimizer": "conservative", "estimator": "spsa", "layer_scaling": "grad_norm"}},
+            "zo.layer_scaling: expected 'none' with the optimizer 'conservative', whose steps go "
+            "where probes went, got 'grad_norm'"),
+        ({"zo": {"stretch": {"k_proj": 0}}}, "zo.stretch: expected a number greater than 0, got 0"),
+        ({"zo": {"stretch": {"k_proj": True}}}, "zo.stretch: expected a number, got True"),
         ({"zo": {"num_directions": 2}}, "zo.num_directions: expected 1 with 'per_example', which "
             "has one direction per example, got 2"),
     ],

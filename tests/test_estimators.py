@@ -227,3 +227,29 @@ def test_max_loss_difference_must_be_a_positive_number(make: type[SPSA], value: 
         ConfigError, match=rf"^zo\.max_loss_difference: expected a number above 0, got {value}$"
     ):
         make(0.1, 0, num_directions=1, max_loss_difference=value)
+
+
+def test_spsa_measures_the_second_derivative_along_every_direction() -> None:
+    estimator = SPSA(0.25, 3, num_directions=2, measures_curvature=True)
+    probes = estimator.ask(0)
+    assert [probe.offset for probe in probes] == [0.25, 0.25, -0.25, -0.25, 0.0]
+
+    weights = [3.0, -1.0, 2.0]
+    losses = losses_of(
+        probes, [1.0, 2.0, 4.0], lambda v: sum(w * x * x for w, x in zip(weights, v, strict=True))
+    )
+    derivatives = estimator.tell(probes, losses)
+
+    plain = SPSA(0.25, 3, num_directions=2).tell(probes[:4], losses[:4])
+    assert [d.value for d in derivatives] == [d.value for d in plain]
+    # signs are squared: the same along every direction
+    assert [d.curvature for d in derivatives] == pytest.approx([8.0, 8.0], abs=1e-10)
+
+
+def test_without_a_finite_loss_at_the_centre_there_is_no_derivative() -> None:
+    estimator = SPSA(0.25, 3, measures_curvature=True)
+
+    (derivative,) = estimator.tell(estimator.ask(0), [1.0, 2.0, math.nan])
+
+    assert math.isnan(derivative.value)
+    assert math.isnan(derivative.raw)

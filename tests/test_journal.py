@@ -75,6 +75,38 @@ def test_derivatives_as_measured_are_kept_where_the_clip_changed_them(tmp_path: 
     )
 
 
+def curved(path: Path) -> Path:
+    """Write a journal of an estimator that measures second derivatives."""
+    journal = Journal.create(path, lambda: HEADER)
+    bent = DirectionalDerivative(1, 2.0, 2.0, curvature=-8.0)
+    unknown = DirectionalDerivative(2, math.nan, math.nan, curvature=math.nan)
+    journal.append(0, [1.0, 2.0, 3.0], [bent, unknown], 0.5)
+    return path
+
+
+def test_second_derivatives_are_kept_in_both_forms(tmp_path: Path) -> None:
+    journal = Journal.open(curved(tmp_path / "journal.jsonl"))
+    write_compact(journal, tmp_path / "small.safetensors")
+
+    for record in (journal, open_record(tmp_path / "small.safetensors")):
+        (step,) = record.records()
+        assert isinstance(step, Step)
+        assert step.curvatures == (-8.0, None)
+        (derivative_,) = derivatives_of(step, 3)
+        assert (derivative_.value, derivative_.curvature) == (2.0, -8.0)
+
+
+def test_another_number_of_second_derivatives_is_refused(tmp_path: Path) -> None:
+    path = curved(tmp_path / "journal.jsonl")
+    path.write_text(path.read_text().replace("[-8.0,null]", "[-8.0]"))
+
+    reason = (
+        f"^{path}: line 2: expected losses, derivatives and a learning_rate, got something else$"
+    )
+    with pytest.raises(CheckpointError, match=reason):
+        Journal.open(path)
+
+
 @pytest.mark.parametrize(("sync_steps", "num_synced"), [(1, 5), (2, 2), (100, 0)])
 def test_a_policy_says_how_often_a_step_is_forced_onto_the_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sync_steps: int, num_synced: int
