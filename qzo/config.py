@@ -7,6 +7,7 @@ Unknown keys are errors that name the nearest known one. A preset fills in what 
 """
 
 import difflib
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -84,18 +85,43 @@ class ZOConfig(BaseModel):
     modules: list[str] | None = None  # train layers whose names hold one of these, such as k_proj
     normalize: bool = True  # per_example: derivatives of a step have a root mean square of 1
     max_loss_difference: Float | None = Field(default=None, gt=0)
-    optimizer: Literal["sgd", "sign", "momentum", "adam", "lozo_momentum"] = "sgd"
+    optimizer: Literal[
+        "sgd",
+        "sign",
+        "momentum",
+        "adam",
+        "meazo",
+        "hizoo",
+        "conmezo",
+        "conservative",
+        "lozo_momentum",
+    ] = "sgd"
     momentum: Float = Field(default=0.9, ge=0, lt=1)
     adam_beta1: Float = Field(default=0.9, ge=0, lt=1)
     adam_beta2: Float = Field(default=0.999, ge=0, lt=1)
     adam_epsilon: Float = Field(default=1e-8, gt=0, lt=1)
+    meazo_beta: Float = Field(default=0.99, ge=0, lt=1)
+    meazo_epsilon: Float = Field(default=1e-8, gt=0, lt=1)
+    hizoo_alpha: Float = Field(default=1e-8, ge=0, lt=1)
+    conmezo_angle: Float = Field(default=1.35, ge=0, le=math.pi / 2)  # radians
+    conmezo_beta: Float = Field(default=0.99, ge=0, lt=1)
+    # A factor of the directions of layers, by a part of their names; the longest part wins.
+    stretch: dict[str, Annotated[Float, Field(gt=0)]] | None = None
+    layer_scaling: Literal["none", "param_norm", "grad_norm"] = "none"
+    layer_scaling_rule: Literal["variance", "expectation"] = "variance"
     max_skipped_steps: Int = Field(default=10, ge=1)
 
     @property
     def optimizer_settings(self) -> dict[str, float]:
         """The arguments of the optimizer."""
-        adam = ("adam_beta1", "adam_beta2", "adam_epsilon")
-        names = {"momentum": ("momentum",), "lozo_momentum": ("momentum",), "adam": adam}
+        names: dict[str, tuple[str, ...]] = {
+            "momentum": ("momentum",),
+            "lozo_momentum": ("momentum",),
+            "adam": ("adam_beta1", "adam_beta2", "adam_epsilon"),
+            "meazo": ("meazo_beta", "meazo_epsilon"),
+            "hizoo": ("hizoo_alpha",),
+            "conmezo": ("conmezo_angle", "conmezo_beta"),
+        }
         return {name: getattr(self, name) for name in names.get(self.optimizer, ())}
 
     @property
@@ -361,6 +387,7 @@ def _check_together(values: Recipe) -> None:
             f"'per_example', which needs one of {', '.join(BY_FACTORS)}"
         )
     _check_estimator(values)
+    _check_optimizer(values.zo)
 
 
 def _check_estimator(values: Recipe) -> None:
@@ -373,3 +400,30 @@ def _check_estimator(values: Recipe) -> None:
                 "'per_example' reads it"
             )
     make_estimator(zo.estimator, values.estimator_settings)  # checks them
+
+
+# The estimators that an optimizer works with, where it needs one, and why.
+_ESTIMATORS = {
+    "hizoo": (("spsa", "spsa_1_5"), "which measures the curvature along a direction"),
+    "conmezo": (("spsa",), "two-sided probes along directions that the whole batch shares"),
+    "conservative": (("spsa", "one_sided"), "whose directions the whole batch shares"),
+}
+
+
+def _check_optimizer(zo: ZOConfig) -> None:
+    allowed, reason = _ESTIMATORS.get(zo.optimizer, ((zo.estimator,), ""))
+    if zo.estimator not in allowed:
+        raise ConfigError(
+            f"zo.estimator: expected {' or '.join(map(repr, allowed))} with the optimizer "
+            f"{zo.optimizer!r}, {reason}, got {zo.estimator!r}"
+        )
+    if zo.optimizer == "conservative" and zo.num_directions != 1:
+        raise ConfigError(
+            "zo.num_directions: expected 1 with the optimizer 'conservative', which tries a step "
+            f"along one direction, got {zo.num_directions}"
+        )
+    if zo.optimizer == "conservative" and zo.layer_scaling != "none":
+        raise ConfigError(
+            "zo.layer_scaling: expected 'none' with the optimizer 'conservative', whose steps go "
+            f"where probes went, got {zo.layer_scaling!r}"
+        )

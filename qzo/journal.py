@@ -8,7 +8,8 @@ to rebuild the tuned scales, so the journal is the smallest adapter there is.
 "learning_rate"}``; what is not finite is null. ``derivatives`` are what moved the scales; where the
 clip or the normalisation changed one, ``raw`` holds them as measured. Where the estimator measures
 curvatures, ``curvatures`` holds one per derivative. A line ``{"step", "fingerprint"}`` holds the
-sha256 of the master before that step.
+sha256 of the master before that step. Where directions are stretched, the header's ``stretch``
+holds a factor per layer for probes and one for updates.
 
 The compact form, ``journal.safetensors``, holds what a replay needs and no more: 16 bytes for a
 step of one direction. See ``write_compact``.
@@ -367,6 +368,10 @@ def _line(value: Mapping[str, Any]) -> bytes:
     return json.dumps(value, separators=(",", ":"), allow_nan=False).encode("utf-8") + b"\n"
 
 
+def _filled(values: Sequence[float | None]) -> list[float]:
+    return [math.nan if value is None else value for value in values]
+
+
 def _finite_or_none(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
@@ -445,11 +450,15 @@ def _records(path: Path, lines: Sequence[bytes]) -> Iterator[Step | Fingerprint]
 
 def _step(path: Path, number: int, value: Mapping[str, Any]) -> Step:
     losses, derivatives = value.get("losses"), value.get("derivatives")
-    learning_rate = value.get("learning_rate")
+    learning_rate, curvatures = value.get("learning_rate"), value.get("curvatures", [])
     is_valid = (
         isinstance(losses, list)
         and isinstance(derivatives, list)
-        and all(entry is None or _is_number(entry) for entry in [*losses, *derivatives])
+        and isinstance(curvatures, list)
+        and len(curvatures) in {0, len(derivatives)}
+        and all(
+            entry is None or _is_number(entry) for entry in [*losses, *derivatives, *curvatures]
+        )
         and _is_number(learning_rate)
     )
     if not is_valid:

@@ -78,7 +78,17 @@ def direction_seed(run_seed: int, step: int, number: int) -> int:
     return mixed ^ (mixed >> 31)
 
 
-# Numbers of directions are below it; the seed of a basis takes the last number of its first step.
+# Numbers of the directions of a step are below both. Numbers from the first on are those of a
+# direction per layer, before the first step.
+_LAYER_NUMBER = 2**23
+
+
+def layer_seed(run_seed: int, layer: int) -> int:
+    """Return the seed of a direction that moves one layer alone, before the first step."""
+    return direction_seed(run_seed, 0, _LAYER_NUMBER + layer)
+
+
+# The seed of a basis takes the last number of its first step.
 BASIS_NUMBER = 2**24 - 1
 
 

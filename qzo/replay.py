@@ -20,6 +20,7 @@ from qzo.journal import (
     header_basis_steps,
     open_record,
 )
+from qzo.layer_scaling import stretch_scales
 from qzo.optimizers import Optimizer, make_optimizer
 from qzo.scales import Scales
 from qzo.tensor_files import tensor_bytes
@@ -132,6 +133,7 @@ def apply_journal(
     Raises:
         CheckpointError: A fingerprint differs, or the journal ends before ``to_step``.
     """
+    stretch_scales(scales, journal.header)
     header, step, checked = journal.header, from_step, 0
     basis_steps = header_basis_steps(header)
     for record in journal.records():
@@ -144,6 +146,7 @@ def apply_journal(
         if to_step is not None and record.step >= to_step:
             break
         derivatives = derivatives_of(record, header["seed"], basis_steps)
+        optimizer.aim(scales)
         optimizer.step(scales, derivatives, record.learning_rate)
         step = record.step + 1
     if to_step is not None and step != to_step:

@@ -155,6 +155,7 @@ def _planned_bytes(
     zo = recipe.zo
     num_examples = recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps
     probes = evaluations_per_example(make_estimator(recipe), num_examples)
+    probes += recipe.zo.optimizer == "conservative"  # three candidates of a step
     rows = probes * _most_rows(sets[0]) * recipe.per_device_train_batch_size
     for data in sets[1:]:
         rows = max(rows, _most_rows(data) * recipe.per_device_eval_batch_size)

@@ -1,7 +1,7 @@
 """The files of a run folder besides the scales: header, recipe, reference loss."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ def header_of(
     scales: Scales,
     train_set: ExampleSet,
     eval_set: ExampleSet | None,
+    stretch: Mapping[str, Sequence[float]] | None = None,
 ) -> dict[str, Any]:
     """Return the header of the journal: everything that a replay needs and a resume compares.
 
@@ -58,6 +59,7 @@ def header_of(
         "basis_steps": config.zo.basis_steps,
         "optimizer": config.zo.optimizer,
         "optimizer_settings": config.zo.optimizer_settings,
+        **({} if stretch is None else {"stretch": stretch}),
         "seed": config.seed,
         "recipe": config.model_dump(mode="json"),
     }
@@ -185,8 +187,8 @@ def differing(
     old: Mapping[str, Any], new: Mapping[str, Any], free: Set[str], prefix: str = ""
 ) -> Iterator[tuple[str, Any, Any]]:
     """Yield the keys of two recipes that differ, with both values; ``free`` ones are left out."""
-    for key in sorted(set(new) - free):
-        want, got = old.get(key), new[key]
+    for key in sorted((set(old) | set(new)) - free):
+        want, got = old.get(key), new.get(key)
         if isinstance(want, dict) and isinstance(got, dict):
             yield from differing(want, got, free, f"{prefix}{key}.")
         elif want != got:

@@ -8,8 +8,9 @@ away: the master is never perturbed, so nothing has to be restored.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from hashlib import sha256
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 from jaxtyping import Float
@@ -23,6 +24,7 @@ from qzo.errors import CheckpointError, ConfigError
 from qzo.laws import Law, Part
 from qzo.linear import EffectiveScales, Live, Multipliers, ProbeScales, QuantLinear
 from qzo.probes import DirectionalDerivative, Probe
+from qzo.sums import norm
 from qzo.tensor_files import tensor_bytes
 
 # Elements of a direction, and of a shifted vector per probe, that exist at one time; more where one
@@ -30,6 +32,21 @@ from qzo.tensor_files import tensor_bytes
 WINDOW = 2**18
 
 PLAIN = DirectionSettings()
+
+
+@dataclass(frozen=True)
+class Tilt:
+    """Directions become ``z' = across z + along axis``.
+
+    Attributes:
+        axis: A vector as long as the trained one; kept, not copied.
+        along: Factor of the axis.
+        across: Factor of the direction of a seed.
+    """
+
+    axis: Float[Tensor, " size"]
+    along: float
+    across: float
 
 
 class Scales:
@@ -47,6 +64,10 @@ class Scales:
         law: Draws the directions.
         stretch: What every direction is multiplied by, or None: 1. A step along stretched
             directions is a step of gradient descent with ``stretch**2`` as its preconditioner.
+        update_stretch: What the directions of a step are multiplied by instead, where it differs
+            from the probes'.
+        optimizer_stretch: A further factor of both, which the optimizer sets and changes.
+        tilt: What the optimizer adds to directions before they are stretched.
 
     Raises:
         ConfigError: Row coordinates on a layer whose blocks cross rows.
@@ -70,6 +91,9 @@ class Scales:
         device = file_scales[0].device
         self.values = torch.empty(self._bounds[-1], dtype=torch.float32, device=device)
         self.stretch: Float[Tensor, " size"] | None = None
+        self.update_stretch: Float[Tensor, " size"] | None = None
+        self.optimizer_stretch: Float[Tensor, " size"] | None = None
+        self.tilt: Tilt | None = None
         self._window: tuple[Sequence[Probe], int, int, Tensor] | None = None
         self.reset()
 
@@ -165,6 +189,10 @@ class Scales:
         by_group = values.view(stored.shape)
         return stored * by_group if self.coordinates == "relative" else by_group.clone()
 
+    def file_norms(self) -> list[float]:
+        """Return the Euclidean norm of the scales in the file, by layer."""
+        return [norm(stored.reshape(-1)) for stored in self._file_scales]
+
     def _factors(
         self, layer: int, values: Float[Tensor, "probes length"]
     ) -> tuple[Float[Tensor, "probes out"] | None, Float[Tensor, "probes groups"] | None]:
@@ -186,14 +214,42 @@ class Scales:
     ) -> Float[Tensor, " length"]:
         """Return elements of the gradient estimate ``mean_i d_i z_i`` (QZO, eq. 4)."""
         weights = [derivative.value / len(derivatives) for derivative in derivatives]
-        return combine(self.draw(derivatives, start, stop), weights)
+        slope = combine(self.unstretched(derivatives, start, stop), weights)
+        slope = self.stretched_for_step(slope, start, stop)
+        factor = self.optimizer_stretch
+        return slope if factor is None else slope * factor[start:stop]
 
     def draw(
         self, keys: Sequence[Probe] | Sequence[DirectionalDerivative], start: int, stop: int
     ) -> Float[Tensor, "keys length"]:
         """Return elements of one direction per key, as probes move along it."""
+        z = self.unstretched(keys, start, stop)
+        for factor in (self.stretch, self.optimizer_stretch):
+            z = z if factor is None else z * factor[start:stop]
+        return z
+
+    def unstretched(
+        self, keys: Sequence[Probe] | Sequence[DirectionalDerivative], start: int, stop: int
+    ) -> Float[Tensor, "keys length"]:
+        """Return elements of one direction per key, before they are multiplied by anything."""
         z = self.law.draw(keys, start, stop, self.values.device)
-        return z if self.stretch is None else z * self.stretch[start:stop]
+        if self.tilt is None:
+            return z
+        return z * self.tilt.across + self.tilt.axis[start:stop] * self.tilt.along
+
+    def stretched_for_step(
+        self, slope: Float[Tensor, " length"], start: int, stop: int
+    ) -> Float[Tensor, " length"]:
+        """Multiply a part of a step by its stretch; that of the optimizer is not in it."""
+        factor = self.stretch if self.update_stretch is None else self.update_stretch
+        return slope if factor is None else slope * factor[start:stop]
+
+    def by_layer(self, numbers: Sequence[float]) -> Float[Tensor, " size"]:
+        """Return a vector that has one number on every layer."""
+        result = torch.empty_like(self.values)
+        for number, (start, stop) in zip(numbers, pairwise(self._bounds), strict=True):
+            result[start:stop] = number
+        return result
 
     def move(self, start: int, stop: int, change: Float[Tensor, " length"]) -> None:
         """Add to a part of the master; no value goes below 0 (QZO, algorithm 1)."""

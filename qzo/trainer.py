@@ -30,6 +30,7 @@ from qzo.adapter import (
 )
 from qzo.callbacks import Events
 from qzo.config import Recipe
+from qzo.conservative import candidates, choose
 from qzo.encoding import EncodedExample
 from qzo.errors import ConfigError, DataError, QZOError
 from qzo.estimators import Estimator
@@ -39,6 +40,7 @@ from qzo.files import locked, new_folder, remove
 from qzo.generation import Generator
 from qzo.interrupts import stop_signals
 from qzo.journal import Fingerprint, Journal, Step
+from qzo.layer_scaling import factors_of, gradient_norms, relative_sizes, stretch_scales, stretches
 from qzo.linear import Live
 from qzo.metrics import CLOSING_KEY, Metrics, Window
 from qzo.model import trained_layers
@@ -145,6 +147,7 @@ class Trainer:
         )
         self.estimator = make_estimator(config)
         self.optimizer = make_optimizer(config.zo.optimizer, config.zo.optimizer_settings)
+        self._stretches: dict[str, list[float]] | None = None
         self.train_set = train_set = self._example_set(train_dataset)
         self.eval_set = None if eval_dataset is None else self._example_set(eval_dataset)
         self._reward = reward
@@ -202,10 +205,16 @@ class Trainer:
         for step in range(journal.next_step, config.max_steps):
             self._events.tell("step_begin", step)
             batch = self.objective.batch(step)
+            self.optimizer.aim(scales)
             probes = estimator.ask(step)
             losses = self.objective.losses(probes, batch)
             derivatives = estimator.tell(probes, losses)
             rate = self._learning_rate(step)
+            if config.zo.optimizer == "conservative":
+                tried = candidates(derivatives[0], rate)
+                tried_losses = self.objective.losses(tried, batch) if tried else []
+                derivatives = [choose(derivatives[0], tried_losses)]
+                losses = [*losses, *tried_losses]
             if ranks.is_first:
                 begin(journal, config)
                 journal.append(step, losses, derivatives, rate)
@@ -300,8 +309,32 @@ class Trainer:
         return from_records(rows, self.tokenizer, max_length=self.config.max_length)
 
     def _header(self) -> dict[str, Any]:
+        if self._ranks.size > 1:  # they have it before any of them knows whether a run goes on
+            self._stretch()
         sets = (self.train_set, self.eval_set)
-        return header_of(self.config, self.checkpoint, self.scales, *sets)
+        return header_of(self.config, self.checkpoint, self.scales, *sets, self._stretches)
+
+    def _stretch(self) -> dict[str, list[float]] | None:
+        """Return the factors of directions by layer, measured once, at the start."""
+        zo, scales = self.config.zo, self.scales
+        if zo.stretch is None and zo.layer_scaling == "none":
+            return None
+        if self._stretches is None:
+            factors, sizes = factors_of(scales.names, zo.stretch or {}), None
+            if zo.layer_scaling == "param_norm":
+                sizes = relative_sizes(scales.names, scales.file_norms())
+            if zo.layer_scaling == "grad_norm":
+                scales.reset()
+                batch = self.objective.batch(0)
+                norms = gradient_norms(
+                    scales,
+                    lambda probes: self.objective.losses(probes, batch),
+                    zo.epsilon,
+                    self.config.seed,
+                )
+                sizes = relative_sizes(scales.names, norms)
+            self._stretches = stretches(factors, sizes, zo.layer_scaling_rule)
+        return self._stretches
 
     def _restore(self, journal: Journal) -> None:
         """Bring scales and optimizer to the end of the journal, from the newest snapshot on.
@@ -311,6 +344,7 @@ class Trainer:
         self.scales.reset()
         self.optimizer.restore({})
         if not journal.is_on_disk:
+            stretch_scales(self.scales, {"stretch": self._stretch()})
             return
         start = 0
         for folder in reversed(self._snapshots()) if self._ranks.is_first else ():
@@ -334,8 +368,9 @@ class Trainer:
         for record in journal.records() if self._ranks.is_first else ():
             if isinstance(record, Step) and record.step >= self.metrics.logged_step:
                 losses = [math.nan if loss is None else loss for loss in record.losses]
-                probes = self.estimator.ask(record.step)
-                self._window.add(losses, self.estimator.tell(probes, losses))
+                probes = self.estimator.ask(record.step)  # more losses: of conservative candidates
+                derivatives = self.estimator.tell(probes, losses[: len(probes)])
+                self._window.add(losses, derivatives)
         self._after_step(journal, journal.next_step, 0.0)
 
     def _after_step(self, journal: Journal, step: int, seconds: float) -> None:
@@ -490,4 +525,7 @@ class Trainer:
 
 def make_estimator(config: Recipe) -> Estimator:
     """Return the estimator of a recipe."""
-    return estimators.make_estimator(config.zo.estimator, config.estimator_settings)
+    settings = config.estimator_settings
+    if config.zo.optimizer == "hizoo" and config.zo.estimator == "spsa":
+        settings["measures_curvature"] = True
+    return estimators.make_estimator(config.zo.estimator, settings)

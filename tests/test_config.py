@@ -209,6 +209,22 @@ def test_a_recipe_needs_no_data_where_the_trainer_is_given_examples() -> None:
             "directions in a step, got 16777216"),
         ({"zo": {"basis_steps": 0}}, "zo.basis_steps: expected a number greater than or equal to "
             "1, got 0"),
+        ({"zo": {"optimizer": "hizoo"}}, "zo.estimator: expected 'spsa' or 'spsa_1_5' with the "
+            "optimizer 'hizoo', which measures the curvature along a direction, got 'per_example'"),
+        ({"zo": {"optimizer": "conmezo"}}, "zo.estimator: expected 'spsa' with the optimizer "
+            "'conmezo', two-sided probes along directions that the whole batch shares, got "
+            "'per_example'"),
+        ({"zo": {"optimizer": "conservative"}}, "zo.estimator: expected 'spsa' or 'one_sided' with "
+            "the optimizer 'conservative', whose directions the whole batch shares, got "
+            "'per_example'"),
+        ({"zo": {"optimizer": "conservative", "estimator": "spsa", "num_directions": 2}},
+            "zo.num_directions: expected 1 with the optimizer 'conservative', which tries a step "
+            "along one direction, got 2"),
+        ({"zo": {"optimizer": "conservative", "estimator": "spsa", "layer_scaling": "grad_norm"}},
+            "zo.layer_scaling: expected 'none' with the optimizer 'conservative', whose steps go "
+            "where probes went, got 'grad_norm'"),
+        ({"zo": {"stretch": {"k_proj": 0}}}, "zo.stretch: expected a number greater than 0, got 0"),
+        ({"zo": {"stretch": {"k_proj": True}}}, "zo.stretch: expected a number, got True"),
     ],
 )  # fmt: skip
 def test_values_that_cannot_be_used_name_their_key(keys: dict[str, Any], message: str) -> None:

@@ -22,8 +22,8 @@ from qzo.direction_settings import DirectionSettings, LawName, basis_steps_of, s
 from qzo.directions import DirectionName, directions, uniform16, uniform32
 from qzo.errors import CheckpointError, ConfigError
 from qzo.journal import Journal
-from qzo.lozo_momentum import LOZOMomentum
 from qzo.masks import chosen_units, kept_words, magnitude_mask, random_mask
+from qzo.optimizers.lozo_momentum import LOZOMomentum
 from qzo.probes import DirectionalDerivative, Probe
 from qzo.scales import Scales
 from qzo.subspaces import near_square, orthonormal, tree_sum

@@ -7,8 +7,8 @@ import torch
 from qzo.direction_settings import DirectionSettings
 from qzo.directions import directions
 from qzo.errors import CheckpointError
-from qzo.optimizers import OPTIMIZERS, make_optimizer
-from qzo.probes import DirectionalDerivative
+from qzo.optimizers import OPTIMIZERS, Optimizer, make_optimizer
+from qzo.probes import DirectionalDerivative, Probe
 from qzo.scales import Scales
 
 RATES = (0.01, 0.02, 0.01, 0.005)
@@ -27,7 +27,10 @@ def new_scales(name: str = "sgd") -> Scales:
 
 def derivatives_of(step: int) -> list[DirectionalDerivative]:
     values = [(-1) ** step * 1.5, 0.25 * step + 0.1]
-    return [DirectionalDerivative(10 * step + i, d, d) for i, d in enumerate(values)]
+    return [
+        DirectionalDerivative(10 * step + i, d, d, curvature=(-1) ** i * (1.0 + step))
+        for i, d in enumerate(values)
+    ]
 
 
 def reference_of(name: str, values: torch.nn.Parameter) -> torch.optim.Optimizer:
@@ -45,7 +48,7 @@ def reference_of(name: str, values: torch.nn.Parameter) -> torch.optim.Optimizer
     ],
 )
 def test_an_optimizer_steps_as_that_of_torch_does(name: str, settings: dict[str, Any]) -> None:
-    scales, optimizer = new_scales(), make_optimizer(name, settings)
+    scales, optimizer = new_scales(name), make_optimizer(name, settings)
     values = torch.nn.Parameter(scales.values.clone())
     reference = reference_of(name, values)
 
@@ -63,18 +66,44 @@ def test_an_optimizer_steps_as_that_of_torch_does(name: str, settings: dict[str,
     torch.testing.assert_close(scales.values, values.detach(), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("name", "rate"), [("sgd", 0.005), ("sign", 0.004), ("momentum", 0.0005), ("adam", 0.01)]
-)
-def test_an_optimizer_descends_on_a_quadratic(name: str, rate: float) -> None:
-    scales, optimizer = new_scales(), make_optimizer(name, {})
+DESCENTS: dict[str, tuple[float, dict[str, float]]] = {
+    "sgd": (0.005, {}),
+    "sign": (0.004, {}),
+    "momentum": (0.0005, {}),
+    "adam": (0.01, {}),
+    "meazo": (0.01, {}),
+    "hizoo": (0.02, {"hizoo_alpha": 0.003}),
+    "conmezo": (0.003, {}),
+    "conservative": (0.005, {}),
+    "lozo_momentum": (0.005, {}),
+}
+
+
+def test_every_optimizer_is_under_test() -> None:
+    assert set(DESCENTS) == set(OPTIMIZERS)
+    assert len(OPTIMIZERS) == 9
+
+
+@pytest.mark.parametrize("name", sorted(OPTIMIZERS))
+def test_an_optimizer_fits_the_seam(name: str) -> None:
+    assert isinstance(make_optimizer(name, {}), Optimizer)
+
+
+@pytest.mark.parametrize("name", sorted(OPTIMIZERS))
+def test_an_optimizer_descends_on_a_quadratic(name: str) -> None:
+    rate, settings = DESCENTS[name]
+    scales, optimizer = new_scales(name), make_optimizer(name, settings)
     target = torch.full_like(scales.values, 1.3)
     before = float((scales.values - target).square().sum())
 
     for seed in range(400):
-        z = directions("gaussian", [seed], 0, len(target))[0]
+        optimizer.aim(scales)
+        basis = seed // 20
+        z = scales.draw([Probe(seed, 0.1, basis=basis)], 0, len(target))[0]
         slope = float(z @ (scales.values - target))  # the exact directional derivative
-        optimizer.step(scales, [DirectionalDerivative(seed, slope, slope)], rate)
+        curvature = float(z @ z)
+        derivative = DirectionalDerivative(seed, slope, slope, curvature=curvature, basis=basis)
+        optimizer.step(scales, [derivative], rate)
 
     assert float((scales.values - target).square().sum()) < 0.5 * before
 
@@ -82,23 +111,32 @@ def test_an_optimizer_descends_on_a_quadratic(name: str, rate: float) -> None:
 @pytest.mark.parametrize("name", sorted(OPTIMIZERS))
 def test_a_restored_optimizer_goes_on_bitwise(name: str) -> None:
     straight, stopped = new_scales(name), new_scales(name)
-    optimizer, first = make_optimizer(name, {}), make_optimizer(name, {})
+    settings = {"hizoo": {"hizoo_alpha": 0.3}}.get(name, {})
+    optimizer, first = make_optimizer(name, settings), make_optimizer(name, settings)
     for step, rate in enumerate(RATES):
+        optimizer.aim(straight)
         optimizer.step(straight, derivatives_of(step), rate)
 
     for step, rate in enumerate(RATES[:2]):
+        first.aim(stopped)
         first.step(stopped, derivatives_of(step), rate)
-    second = make_optimizer(name, {})
-    second.restore({key: tensor.clone() for key, tensor in first.state().items()})
+    state = {key: tensor.clone() for key, tensor in first.state().items()}
+    resumed = new_scales(name)
+    resumed.restore(stopped.values)
+    second = make_optimizer(name, settings)
+    second.restore(state)
     for step, rate in enumerate(RATES[2:], start=2):
-        second.step(stopped, derivatives_of(step), rate)
+        second.aim(resumed)
+        second.step(resumed, derivatives_of(step), rate)
 
-    assert torch.equal(stopped.values, straight.values)
+    assert torch.equal(resumed.values, straight.values)
+    assert not torch.equal(resumed.values, stopped.values)
 
 
 @pytest.mark.parametrize("name", sorted(OPTIMIZERS))
 def test_a_step_without_a_finite_derivative_moves_nothing(name: str) -> None:
     scales, optimizer = new_scales(name), make_optimizer(name, {})
+    optimizer.aim(scales)
     optimizer.step(scales, derivatives_of(0), 0.01)
     before = scales.values.clone()
     state = {key: tensor.clone() for key, tensor in optimizer.state().items()}
@@ -112,8 +150,10 @@ def test_a_step_without_a_finite_derivative_moves_nothing(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "settings", "reason"),
     [
-        ("sgdm", {}, "optimizer: expected one of ['adam', 'lozo_momentum', 'momentum', 'sgd', "
-            "'sign'], got 'sgdm'"),
+        ("sgdm", {}, "optimizer: expected one of ['adam', 'conmezo', 'conservative', 'hizoo', "
+            "'lozo_momentum', 'meazo', 'momentum', 'sgd', 'sign'], got 'sgdm'"),
+        ("conmezo", {"conmezo_angle": 1.6}, "optimizer_settings: expected a conmezo_angle from 0 "
+            "to pi / 2, got 1.6"),
         ("momentum", {"momentum": "a"}, "optimizer_settings: expected numbers from 0 to below 1, "
             "got {'momentum': 'a'}"),
         ("adam", {"adam_beta1": 1.0}, "optimizer_settings: expected numbers from 0 to below 1, got "
@@ -126,3 +166,12 @@ def test_an_unknown_optimizer_is_refused(name: str, settings: dict[str, Any], re
         make_optimizer(name, settings)
 
     assert str(caught.value) == reason
+
+
+def test_hizoo_refuses_a_derivative_without_curvature() -> None:
+    reason = (
+        r"^optimizer: expected a curvature with every derivative for 'hizoo', got none; use an "
+        r"estimator that measures it$"
+    )
+    with pytest.raises(CheckpointError, match=reason):
+        make_optimizer("hizoo", {}).step(new_scales(), [DirectionalDerivative(1, 1.0, 1.0)], 0.1)

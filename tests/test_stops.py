@@ -271,7 +271,16 @@ def run_ranks(run: Run, count: int, *options: str) -> "subprocess.Popen[str]":
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("zo", [{}, {"estimator": "spsa", "num_directions": 2}], ids=str)
+@pytest.mark.parametrize(
+    "zo",
+    [
+        {},
+        {"estimator": "spsa", "num_directions": 2},
+        {"estimator": "spsa", "optimizer": "conservative"},
+        {"estimator": "spsa", "optimizer": "hizoo", "layer_scaling": "grad_norm"},
+    ],
+    ids=str,
+)
 def test_the_number_of_processes_does_not_matter(tmp_path: Path, zo: dict[str, Any]) -> None:
     keys = {"max_steps": 10, "gradient_accumulation_steps": 4, "zo": zo}
     straight = straight_run(tmp_path / "1", **keys)

@@ -383,6 +383,30 @@ def test_what_would_change_the_numbers_cannot_change_in_a_run(
         other.train()
 
 
+def test_no_factor_of_a_layer_can_be_dropped_in_a_run(base: Path, tmp_path: Path) -> None:
+    zo = {"estimator": "spsa", "stretch": {"q_proj": 2.0, "k_proj": 3.0}}
+    tiny_trainer(base, tmp_path, zo=zo).train()
+    other = {**zo, "stretch": {"q_proj": 2.0}}
+
+    with pytest.raises(
+        ConfigError,
+        match=r"^zo.stretch.k_proj: expected 3.0 as in the run that is to be continued, got None$",
+    ):
+        tiny_trainer(base, tmp_path, resume_from_checkpoint=True, zo=other).train()
+
+
+def test_sizes_of_layers_are_measured_once_in_a_run(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys: dict[str, Any] = {"zo": ESTIMATORS["hizoo"], "lr_scheduler_type": "constant"}
+    tiny_trainer(base, tmp_path, max_steps=2, **keys).train()
+    monkeypatch.setattr(trainer_module, "gradient_norms", None)
+
+    result = tiny_trainer(base, tmp_path, max_steps=3, resume_from_checkpoint=True, **keys).train()
+
+    assert result.steps == 3
+
+
 @pytest.mark.parametrize(
     ("role", "digest"), [("qweight", "codes_sha256"), (".scales", "scales_sha256")]
 )

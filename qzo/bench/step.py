@@ -129,6 +129,7 @@ class QZOStep:
         """
         trainer, number = self._trainer, self._journal.next_step
         batch = trainer.objective.batch(number)
+        trainer.optimizer.aim(trainer.scales)
         probes = trainer.estimator.ask(number)
         losses = trainer.objective.losses(probes, batch)
         derivatives = trainer.estimator.tell(probes, losses)

@@ -50,6 +50,16 @@ ESTIMATORS: dict[str, dict[str, Any]] = {
         **{"estimator": "spsa", "coordinates": "relative", "direction": "lozo", "basis_steps": 4},
         **{"optimizer": "lozo_momentum", "momentum": 0.5},
     },
+    "meazo": {"optimizer": "meazo", "layer_scaling": "param_norm"},
+    "hizoo": {
+        **{"estimator": "spsa", "optimizer": "hizoo", "hizoo_alpha": 0.3, "num_directions": 2},
+        **{"layer_scaling": "grad_norm", "layer_scaling_rule": "expectation"},
+    },
+    "conmezo": {
+        **{"estimator": "spsa", "optimizer": "conmezo", "conmezo_beta": 0.5, "conmezo_angle": 1.2},
+        **{"stretch": {"q_proj": 0.5, "": 1.5}},
+    },
+    "conservative": {"estimator": "spsa", "optimizer": "conservative"},
 }
 """A ``zo`` block for every kind of coordinates, and for every optimizer with a state."""
 

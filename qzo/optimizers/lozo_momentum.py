@@ -39,6 +39,9 @@ class LOZOMomentum:
         self._average: Float[Tensor, " thin"] | None = None
         self._basis = 0
 
+    def aim(self, scales: Scales) -> None:
+        """Leave the directions as they are."""
+
     def step(
         self,
         scales: Scales,
@@ -70,8 +73,7 @@ class LOZOMomentum:
             seen = _thin(law, number, seeds, scales.values.device)
             average.mul_(self.momentum).add_(combine(seen, weights))
             change = _wide(law, number, average, basis)
-            if scales.stretch is not None:
-                change = change * scales.stretch[part.start : part.stop]
+            change = scales.stretched_for_step(change, part.start, part.stop)
             scales.move(part.start, part.stop, change * -learning_rate)
         self._basis = basis
 

@@ -1,0 +1,59 @@
+"""Update rules on (seed, directional derivative) pairs, one per file.
+
+With ``g = mean_i d_i z_i``, most rules make a direction ``u`` of it and move ``v <- max(v -
+learning_rate * u, 0)``. ``conservative`` is SGD on a derivative that was chosen before it went into
+the journal; see ``qzo.conservative``.
+
+What an optimizer remembers is a function of the steps so far, so that a journal gives it back.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from qzo.errors import CheckpointError
+from qzo.optimizers.adam import Adam
+from qzo.optimizers.conmezo import ConMeZO
+from qzo.optimizers.hizoo import HiZOO
+from qzo.optimizers.lozo_momentum import LOZOMomentum
+from qzo.optimizers.meazo import MEAZO
+from qzo.optimizers.momentum import Momentum
+from qzo.optimizers.optimizer import Optimizer
+from qzo.optimizers.sgd import SGD
+from qzo.optimizers.sign import Sign
+
+__all__ = ["OPTIMIZERS", "Optimizer", "make_optimizer"]
+
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
+    "sgd": SGD,
+    "sign": Sign,
+    "momentum": Momentum,
+    "adam": Adam,
+    "meazo": MEAZO,
+    "hizoo": HiZOO,
+    "conmezo": ConMeZO,
+    "conservative": SGD,
+    "lozo_momentum": LOZOMomentum,
+}
+
+
+def make_optimizer(name: str, settings: Mapping[str, Any]) -> Optimizer:
+    """Return a new optimizer.
+
+    Args:
+        name: A key of ``OPTIMIZERS``.
+        settings: Its arguments, as a recipe or a journal's header has them.
+
+    Raises:
+        CheckpointError: There is no such optimizer, or it has no such argument.
+    """
+    if name not in OPTIMIZERS:
+        raise CheckpointError(f"optimizer: expected one of {sorted(OPTIMIZERS)}, got {name!r}")
+    fractions = [value for key, value in settings.items() if key != "conmezo_angle"]
+    if not all(isinstance(value, float) and 0 <= value < 1 for value in fractions):
+        raise CheckpointError(
+            f"optimizer_settings: expected numbers from 0 to below 1, got {settings!r}"
+        )
+    try:
+        return OPTIMIZERS[name](**settings)
+    except TypeError as error:
+        raise CheckpointError(f"optimizer_settings: {name}: {error}") from error

@@ -1,0 +1,84 @@
+"""ConMeZO: directions lie in a cone around the momentum ``m`` of the estimates.
+
+With ``S`` values and the angle ``theta``, probes and steps use
+
+    ``z' = sqrt(S) cos(theta) m / |m| + sin(theta) z``
+
+and a step does ``v <- v - learning_rate g`` and ``m <- beta m + (1 - beta) g`` with ``g = mean_i
+d_i z'_i``. At ``theta = pi / 2`` the cone is the whole space and ``z' = z``, as it is before there
+is any momentum. Directions that are stretched are stretched after the cone: ``m`` is in the units
+of ``z``.
+
+Source: Behric, Zhang, Li, Thekumparampil, "ConMeZO", AISTATS 2026, arXiv 2511.02757, algorithm 1
+and eq. 6; its code has ``theta = 1.35`` and ``beta = 0.99``. The warm-up of both is left out.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from qzo.directions import combine
+from qzo.errors import CheckpointError
+from qzo.probes import DirectionalDerivative
+from qzo.scales import Scales, Tilt
+from qzo.sums import norm
+
+
+class ConMeZO:
+    """Looks where earlier steps went; one fp32 value for each trained one.
+
+    Args:
+        conmezo_angle: Between directions and the momentum, in radians, from 0 to ``pi / 2``.
+        conmezo_beta: How much of the momentum a step keeps.
+
+    Raises:
+        CheckpointError: The angle is another one.
+    """
+
+    def __init__(self, conmezo_angle: float = 1.35, conmezo_beta: float = 0.99) -> None:
+        if not 0 <= conmezo_angle <= math.pi / 2:
+            raise CheckpointError(
+                "optimizer_settings: expected a conmezo_angle from 0 to pi / 2, got "
+                f"{conmezo_angle}"
+            )
+        self.angle, self.beta = conmezo_angle, conmezo_beta
+        self._momentum: Float[Tensor, " size"] | None = None
+
+    def aim(self, scales: Scales) -> None:
+        """Tilt directions to the momentum."""
+        size = 0.0 if self._momentum is None else norm(self._momentum)
+        if self._momentum is None or size == 0:
+            scales.tilt = None
+            return
+        along = math.sqrt(len(scales)) * math.cos(self.angle) / size
+        scales.tilt = Tilt(self._momentum, along, math.sin(self.angle))
+
+    def step(
+        self,
+        scales: Scales,
+        derivatives: Sequence[DirectionalDerivative],
+        learning_rate: float,
+    ) -> None:
+        """Move the scales, then the momentum; no derivatives, no move."""
+        if not derivatives:
+            return
+        weights = [derivative.value / len(derivatives) for derivative in derivatives]
+        if self._momentum is None:
+            self._momentum = torch.zeros_like(scales.values)
+        for start, stop in scales.chunks():
+            slope = combine(scales.unstretched(derivatives, start, stop), weights)
+            step = scales.stretched_for_step(slope, start, stop)
+            scales.move(start, stop, step * -learning_rate)
+            self._momentum[start:stop].mul_(self.beta).add_(slope * (1 - self.beta))
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the momentum."""
+        return {} if self._momentum is None else {"momentum": self._momentum}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Take over the momentum."""
+        momentum = state.get("momentum")
+        self._momentum = None if momentum is None else momentum.clone()
