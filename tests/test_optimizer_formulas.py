@@ -139,7 +139,7 @@ def test_meazo_does_not_depend_on_the_size_of_the_loss() -> None:
 
 
 @pytest.mark.parametrize("num_directions", [1, 2])
-def test_hizoo_is_algorithm_1_of_its_paper(num_directions: int) -> None:
+def test_hizoo_is_its_formula_on_a_dense_vector(num_directions: int) -> None:
     alpha = 0.2
     optimizer = make_optimizer("hizoo", {"hizoo_alpha": alpha})
 
@@ -189,7 +189,7 @@ def test_the_curvature_of_hizoo_never_falls_to_zero() -> None:
 
 
 @pytest.mark.parametrize("num_directions", [1, 2])
-def test_conmezo_is_algorithm_1_of_its_paper(num_directions: int) -> None:
+def test_conmezo_is_its_formula_on_a_dense_vector(num_directions: int) -> None:
     angle, beta = 1.1, 0.7
     optimizer = make_optimizer("conmezo", {"conmezo_angle": angle, "conmezo_beta": beta})
 

@@ -9,8 +9,8 @@ d_i z'_i``. At ``theta = pi / 2`` the cone is the whole space and ``z' = z``, as
 is any momentum. Directions that are stretched are stretched after the cone: ``m`` is in the units
 of ``z``.
 
-Source: Behric, Zhang, Li, Thekumparampil, "ConMeZO", AISTATS 2026, arXiv 2511.02757, algorithm 1
-and eq. 6; its code has ``theta = 1.35`` and ``beta = 0.99``. The warm-up of both is left out.
+Source: Behric, Zhang, Li, Thekumparampil, "ConMeZO", arXiv 2511.02757, in the form of its code,
+which has ``theta = 1.35`` and ``beta = 0.99``. The warm-up of both is left out.
 """
 
 import math

@@ -9,7 +9,8 @@ that direction, ``c = (L+ + L- - 2 L0) / epsilon^2``, a step does
 with the new ``H`` in the second line. In the paper's letters ``H`` is the inverse of ``Sigma``.
 
 Source: Zhao et al., "Second-Order Fine-Tuning without Pain for LLMs", ICLR 2025, arXiv 2402.15173,
-algorithm 1; ``alpha = 1e-8`` is the constant smoothing of its code. The floor of ``H`` is ours.
+in the form of its code, which has ``alpha = 1e-8``. The mean over directions and the floor of ``H``
+are ours.
 """
 
 from collections.abc import Mapping, Sequence
