@@ -450,15 +450,11 @@ def _records(path: Path, lines: Sequence[bytes]) -> Iterator[Step | Fingerprint]
 
 def _step(path: Path, number: int, value: Mapping[str, Any]) -> Step:
     losses, derivatives = value.get("losses"), value.get("derivatives")
-    learning_rate, curvatures = value.get("learning_rate"), value.get("curvatures", [])
+    learning_rate = value.get("learning_rate")
     is_valid = (
         isinstance(losses, list)
         and isinstance(derivatives, list)
-        and isinstance(curvatures, list)
-        and len(curvatures) in {0, len(derivatives)}
-        and all(
-            entry is None or _is_number(entry) for entry in [*losses, *derivatives, *curvatures]
-        )
+        and all(entry is None or _is_number(entry) for entry in [*losses, *derivatives])
         and _is_number(learning_rate)
     )
     if not is_valid:
