@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from quantizers.weight import QuantizedWeight
 from qzo.attention import PackedRows
 from qzo.errors import CheckpointError
+from qzo.exact import ScaledProduct, frozen_product, is_differentiated
 
 TILE_ELEMENTS = 4 * 2**20  # of the dense matrix that exist at one time
 _TILE_STEP = 32  # rows; packed formats hold up to 32 elements in a run of words
@@ -121,6 +122,44 @@ class QuantLinear(nn.Module):
         effective = self._effective()
         num_probes = 1 if effective is None else effective.num_probes
         bounds = self._bounds(len(x), num_probes)
+        if is_differentiated(x, *_trained(effective)):
+            return self._exact_product(x, effective, bounds)
+        return self._values(x, effective, bounds)
+
+    def _exact_product(
+        self,
+        x: Float[Tensor, "tokens in"],
+        effective: EffectiveScales | None,
+        bounds: Sequence[int],
+    ) -> Float[Tensor, "tokens out"]:
+        """Return the same product, to be differentiated."""
+        if isinstance(effective, ProbeScales):
+            product = ScaledProduct(
+                lambda x: self._values(x, effective, bounds),
+                self.quantized,
+                list(self._tiles()),
+                bounds,
+                self._buffer,
+            )
+            return product(x, effective.scales)
+        y = frozen_product(x, lambda x: self._values(x, None, (0, len(x))), self._dense_tiles)
+        if effective is None:
+            return y
+        factors = effective.multipliers.to(y.dtype)
+        spans = zip(factors, pairwise(bounds), strict=True)
+        return torch.cat([y[start:stop] * of_probe for of_probe, (start, stop) in spans])
+
+    def _dense_tiles(self, x: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Yield the matrix of the file, some rows at a time, in a buffer near ``x``."""
+        for rows in self._tiles():
+            yield rows, self.quantized.dequantize(rows, self._buffer("decoded", rows, x))
+
+    def _values(
+        self,
+        x: Float[Tensor, "tokens in"],
+        effective: EffectiveScales | None,
+        bounds: Sequence[int],
+    ) -> Float[Tensor, "tokens out"]:
         if x.is_cuda:
             y = self._kernel_product(x, effective, bounds)
             if y is not None:
@@ -203,6 +242,13 @@ class QuantLinear(nn.Module):
         step = max(TILE_ELEMENTS // self.in_features // _TILE_STEP, 1) * _TILE_STEP
         for start in range(0, self.out_features, step):
             yield slice(start, min(start + step, self.out_features))
+
+
+def _trained(effective: EffectiveScales | None) -> Sequence[Tensor]:
+    """Return the tensors that the effective scales consist of."""
+    if effective is None:
+        return ()
+    return effective.scales if isinstance(effective, ProbeScales) else (effective.multipliers,)
 
 
 def _multiply(

@@ -20,6 +20,7 @@ from typing import Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from qzo.checkpoint import Checkpoint
 from qzo.directions import DirectionName, combine, directions
@@ -46,6 +47,8 @@ class Scales:
 
     Attributes:
         values: The fp32 master.
+        still: Parts of the vector, from a first to before a last element, that directions leave
+            alone: something else moves them.
 
     Raises:
         ConfigError: Row coordinates on a layer whose blocks cross rows.
@@ -67,6 +70,7 @@ class Scales:
         self._bounds = [0, *accumulate(sizes)]
         device = file_scales[0].device
         self.values = torch.empty(self._bounds[-1], dtype=torch.float32, device=device)
+        self.still: Sequence[tuple[int, int]] = ()
         self._window: tuple[Sequence[Probe], int, int, Tensor] | None = None
         self.reset()
 
@@ -125,13 +129,55 @@ class Scales:
             live.effective = None
             self._window = None
 
+    @contextmanager
+    def with_tangents(self, live: Live, probes: Sequence[Probe]) -> Iterator[None]:
+        """Let the layers see the scales at the probes, with the directions as their tangents.
+
+        What a model computes in the block, inside ``forward_ad.dual_level``, carries its exact
+        slopes along the directions.
+        """
+
+        def dual(layer: int) -> Float[Tensor, "probes length"]:
+            start, stop = self._bounds[layer], self._bounds[layer + 1]
+            z = self.direction_parts([probe.seed for probe in probes], start, stop)
+            return forward_ad.make_dual(self._shifted_values(layer, probes).contiguous(), z)
+
+        with self.shifted(live, probes):
+            live.effective = lambda layer: self._effective(layer, dual(layer))
+            yield
+
+    @contextmanager
+    def differentiable(
+        self, live: Live, layers: Sequence[int]
+    ) -> Iterator[list[Float[Tensor, " _"]]]:
+        """Let the layers see the scales at the master, those of some as leaves of autograd.
+
+        Yields:
+            The leaves: the trained values of the layers.
+        """
+        values = {
+            layer: self.values[self._bounds[layer] : self._bounds[layer + 1]].clone()
+            for layer in layers
+        }
+        leaves = {layer: part.requires_grad_() for layer, part in values.items()}
+
+        def at_master(layer: int) -> EffectiveScales:
+            start, stop = self._bounds[layer], self._bounds[layer + 1]
+            return self._effective(layer, leaves.get(layer, self.values[start:stop])[None])
+
+        with self.shifted(live, ()):
+            live.effective = at_master
+            yield list(leaves.values())
+
     def effective(self, layer: int, probes: Sequence[Probe]) -> EffectiveScales:
         """Return the effective scales of one layer at every probe."""
-        shifted = self._shifted_values(layer, probes)
+        return self._effective(layer, self._shifted_values(layer, probes))
+
+    def _effective(self, layer: int, shifted: Float[Tensor, "probes length"]) -> EffectiveScales:
         if self.coordinates == "row":
             return RowMultipliers(shifted)
         stored = self._file_scales[layer].float()
-        by_group = [values.view(stored.shape) for values in shifted]
+        by_group = [values.view(stored.shape) for values in shifted.unbind()]
         if self.coordinates == "relative":
             by_group = [stored * values for values in by_group]
         return ProbeScales(by_group)
@@ -150,13 +196,32 @@ class Scales:
         for start in range(0, len(self), WINDOW):
             yield start, min(start + WINDOW, len(self))
 
+    def parts(self, layers: Sequence[int]) -> list[tuple[int, int]]:
+        """Return the bounds of the values of some layers."""
+        return [(self._bounds[layer], self._bounds[layer + 1]) for layer in layers]
+
+    def direction_parts(
+        self, seeds: Sequence[int], start: int, stop: int
+    ) -> Float[Tensor, "seeds length"]:
+        """Return elements of the direction of each seed; 0 where the vector is held still."""
+        z = directions(self.direction, seeds, start, stop, self.values.device)
+        self._hold(z, start, stop)
+        return z
+
+    def _hold(self, along: Float[Tensor, "*seeds length"], start: int, stop: int) -> None:
+        """Set elements of directions to 0 where the vector is held still."""
+        for first, last in self.still:
+            along[..., max(first - start, 0) : max(min(last, stop) - start, 0)] = 0
+
     def mean_slope(
         self, derivatives: Sequence[DirectionalDerivative], start: int, stop: int
     ) -> Float[Tensor, " length"]:
         """Return elements of the gradient estimate ``mean_i d_i z_i`` (QZO, eq. 4)."""
         seeds = [derivative.seed for derivative in derivatives]
         weights = [derivative.value / len(derivatives) for derivative in derivatives]
-        return combine(self.direction, seeds, weights, start, stop, self.values.device)
+        slope = combine(self.direction, seeds, weights, start, stop, self.values.device)
+        self._hold(slope, start, stop)
+        return slope
 
     def move(self, start: int, stop: int, change: Float[Tensor, " length"]) -> None:
         """Add to a part of the master; no value goes below 0 (QZO, algorithm 1)."""
@@ -212,7 +277,7 @@ class Scales:
         seeds = list(dict.fromkeys(probe.seed for probe in probes if probe.offset))
         if not seeds:
             return master.expand(len(probes), -1)
-        z = directions(self.direction, seeds, start, stop, self.values.device)
+        z = self.direction_parts(seeds, start, stop)
         place = {seed: row for row, seed in enumerate(seeds)}
         shifted = master.repeat(len(probes), 1)
         for row, probe in zip(shifted, probes, strict=True):
