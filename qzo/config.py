@@ -54,7 +54,7 @@ class ZOConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    estimator: Literal["spsa", "per_example"] = "per_example"
+    estimator: Literal["spsa", "per_example", "forward_gradient"] = "per_example"
     coordinates: Literal["absolute", "relative", "row"] = "row"
     direction: Literal["rademacher", "gaussian"] = "rademacher"
     epsilon: Float = Field(default=1e-2, gt=0)
@@ -68,6 +68,32 @@ class ZOConfig(BaseModel):
     adam_beta2: Float = Field(default=0.999, ge=0, lt=1)
     adam_epsilon: Float = Field(default=1e-8, gt=0, lt=1)
     max_skipped_steps: Int = Field(default=10, ge=1)
+
+    # Exact gradients for the scales of the last so many trained blocks, or of as many as have a
+    # share of the importance that a profile finds; the other scales stay zeroth-order.
+    first_order_blocks: Int = Field(default=0, ge=0)
+    first_order_layers: Literal["last", "profile"] = "last"
+    first_order_share: Float = Field(default=0.5, gt=0, le=1)
+    first_order_optimizer: Literal["adam", "sgd"] = "adam"
+    first_order_learning_rate: Float | None = Field(default=None, gt=0)  # Adam: see below
+
+    @property
+    def has_first_order(self) -> bool:
+        """Whether exact gradients move a part of the scales."""
+        return self.first_order_blocks > 0 or self.first_order_layers == "profile"
+
+    @property
+    def first_order_rate(self) -> float:
+        """The learning rate of the first-order part, before the schedule."""
+        if self.first_order_learning_rate is not None:
+            return self.first_order_learning_rate
+        return 1e-5 if self.coordinates == "absolute" else 3e-3  # of Adam, not tuned
+
+    @property
+    def first_order_settings(self) -> dict[str, float]:
+        """The arguments of the rule of the first-order part."""
+        names = ("adam_beta1", "adam_beta2", "adam_epsilon")
+        return {name: getattr(self, name) for name in names if self.first_order_optimizer == "adam"}
 
     @property
     def optimizer_settings(self) -> dict[str, float]:
@@ -125,9 +151,9 @@ class Recipe(BaseModel):
 # per_example, normalised: recipes/LOG.md; absolute: the QZO paper; the others were not tuned.
 _LEARNING_RATES = {
     ("per_example", "row"): 5e-2,
-    ("spsa", "row"): 3e-3,
-    ("spsa", "relative"): 1e-3,
-    ("spsa", "absolute"): 1e-7,
+    **dict.fromkeys([("spsa", "row"), ("forward_gradient", "row")], 3e-3),
+    **dict.fromkeys([("spsa", "relative"), ("forward_gradient", "relative")], 1e-3),
+    **dict.fromkeys([("spsa", "absolute"), ("forward_gradient", "absolute")], 1e-7),
 }
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -258,4 +284,42 @@ def _check_together(values: Recipe) -> None:
         raise ConfigError(
             "zo.num_directions: expected 1 with 'per_example', which has one direction per "
             f"example, got {values.zo.num_directions}"
+        )
+    _check_exact(values)
+
+
+def _check_exact(values: Recipe) -> None:
+    """Refuse what exact derivatives cannot go with.
+
+    Raises:
+        ConfigError: There is such a thing.
+    """
+    zo = values.zo
+    is_forward = zo.estimator == "forward_gradient"
+    if is_forward and zo.max_loss_difference is not None:
+        raise ConfigError(
+            "zo.max_loss_difference: expected none with 'forward_gradient', which measures slopes "
+            f"and no loss differences, got {zo.max_loss_difference}"
+        )
+    if values.memory_limit is not None and (is_forward or zo.has_first_order):
+        raise ConfigError(
+            "memory_limit: expected none with exact derivatives, which need more memory than "
+            f"forward passes, got {values.memory_limit!r}; leave it out, or choose "
+            "zo.first_order_blocks: 0 and another zo.estimator"
+        )
+    if zo.first_order_layers == "profile" and zo.first_order_blocks:
+        raise ConfigError(
+            "zo.first_order_blocks: expected 0 with zo.first_order_layers 'profile', which finds "
+            f"the number, got {zo.first_order_blocks}"
+        )
+    if zo.num_blocks is not None and zo.first_order_blocks > zo.num_blocks:
+        raise ConfigError(
+            f"zo.first_order_blocks: expected at most zo.num_blocks, {zo.num_blocks}, got "
+            f"{zo.first_order_blocks}"
+        )
+    needs_rate = zo.has_first_order and zo.first_order_optimizer == "sgd"
+    if needs_rate and zo.first_order_learning_rate is None:
+        raise ConfigError(
+            "zo.first_order_learning_rate: expected a number with zo.first_order_optimizer 'sgd', "
+            "got none"
         )

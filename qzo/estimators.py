@@ -144,6 +144,35 @@ class PerExampleSPSA(SPSA):
         ]
 
 
+class ForwardGradient:
+    """Exact slopes along directions that the whole batch shares; no radius, no clip.
+
+    Args:
+        seed: Seed of the run.
+        num_directions: Directions per step; their estimates are averaged.
+
+    Source: Baydin et al., "Gradients without backpropagation", arXiv 2202.08587, algorithm 1.
+    """
+
+    def __init__(self, seed: int, *, num_directions: int = 1) -> None:
+        check_positive("zo.num_directions", num_directions)
+        self.seed = seed
+        self.num_directions = num_directions
+
+    def ask(self, step: int) -> list[Probe]:
+        """Return a tangent at the master for every direction."""
+        seeds = [direction_seed(self.seed, step, i) for i in range(self.num_directions)]
+        return [Probe(seed, 0.0, is_tangent=True) for seed in seeds]
+
+    def tell(self, probes: Sequence[Probe], losses: Sequence[float]) -> list[DirectionalDerivative]:
+        """Return the slopes; NaN where one is not finite."""
+        slopes = [slope if math.isfinite(slope) else math.nan for slope in losses]
+        return [
+            DirectionalDerivative(probe.seed, slope, slope)
+            for probe, slope in zip(probes, slopes, strict=True)
+        ]
+
+
 def check_positive(key: str, value: float) -> None:
     """Refuse a number that is not finite and above 0.
 

@@ -6,7 +6,8 @@ to rebuild the tuned scales, so the journal is the smallest adapter there is.
 
 ``journal.jsonl``: line 1 is the header. A step line is ``{"step", "losses", "derivatives",
 "learning_rate"}``; what is not finite is null. ``derivatives`` are what moved the scales; where the
-clip or the normalisation changed one, ``raw`` holds them as measured. A line ``{"step",
+clip or the normalisation changed one, ``raw`` holds them as measured. ``gradient`` is there where a
+part of the scales has exact gradients: ``{"loss", "learning_rate"}``; see ``gradients``. A line ``{"step",
 "fingerprint"}`` holds the sha256 of the master before that step.
 
 The compact form, ``journal.safetensors``, holds what a replay needs and no more: 16 bytes for a
@@ -18,7 +19,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, get_args, runtime_checkable
 
@@ -51,6 +52,20 @@ class Step:
     step: int
     losses: tuple[float | None, ...]
     derivatives: tuple[float | None, ...]
+    learning_rate: float
+    gradient: "GradientNote | None" = None
+
+
+@dataclass(frozen=True)
+class GradientNote:
+    """What a step says of its exact gradient; the vector is in the side file (``gradients``).
+
+    Attributes:
+        loss: At the master; None where loss or gradient were not finite: the part did not move.
+        learning_rate: Of the first-order part.
+    """
+
+    loss: float | None
     learning_rate: float
 
 
@@ -153,6 +168,7 @@ class Journal:
         losses: Sequence[float],
         derivatives: Sequence[DirectionalDerivative],
         learning_rate: float,
+        gradient: GradientNote | None = None,
     ) -> None:
         """Put a step on disk."""
         assert step == self.next_step
@@ -165,6 +181,8 @@ class Journal:
         raw = [_finite_or_none(d.raw) for d in derivatives]
         if raw != line["derivatives"]:
             line["raw"] = raw
+        if gradient is not None:
+            line["gradient"] = asdict(gradient)
         self._num_unsynced += 1
         self._write(line, is_synced=self._num_unsynced >= self.sync_steps)
         self.next_step = step + 1
@@ -258,8 +276,13 @@ def write_compact(journal: Record, path: Path) -> None:
     header in its metadata.
 
     Raises:
-        CheckpointError: Steps have different numbers of directions.
+        CheckpointError: Steps have different numbers of directions, or exact gradients.
     """
+    if "first_order" in journal.header:
+        raise CheckpointError(
+            f"{journal.path}: expected a run of forward passes only, got one with exact gradients, "
+            "which are vectors and have no compact form; keep journal.jsonl and gradients.f32"
+        )
     records = list(journal.records())
     steps = [record for record in records if isinstance(record, Step)]
     marks = [record for record in records if isinstance(record, Fingerprint)]
@@ -385,7 +408,20 @@ def _step(path: Path, number: int, value: Mapping[str, Any]) -> Step:
     assert isinstance(losses, list)
     assert isinstance(derivatives, list)
     assert isinstance(learning_rate, int | float)
-    return Step(int(value["step"]), tuple(losses), tuple(derivatives), learning_rate)
+    note = _gradient_note(path, number, value.get("gradient"))
+    return Step(int(value["step"]), tuple(losses), tuple(derivatives), learning_rate, note)
+
+
+def _gradient_note(path: Path, number: int, value: Any) -> GradientNote | None:
+    if value is None:
+        return None
+    loss, rate = (value.get(k) if isinstance(value, dict) else "" for k in ("loss", "learning_rate"))
+    if not (loss is None or _is_number(loss)) or not _is_number(rate):
+        raise CheckpointError(
+            f"{path}: line {number}: expected a gradient with loss and learning_rate, got "
+            "something else"
+        )
+    return GradientNote(loss, rate)
 
 
 def _is_sha256(value: object) -> bool:

@@ -89,6 +89,12 @@ class Metrics:
         """The number of steps done at the newest line of averages; 0 if there is none."""
         return max((line["step"] for line in self.lines if "learning_rate" in line), default=0)
 
+    @property
+    def forwards(self) -> float | None:
+        """Forwards of a batch up to the newest line of averages, or None where none says."""
+        counts = [line["forwards"] for line in self.lines if "forwards" in line]
+        return float(counts[-1]) if counts else None
+
     def best(self) -> tuple[int, float] | None:
         """Return step and loss of the best evaluation so far."""
         evaluated = [line for line in self.lines if line.get("eval_loss") is not None]

@@ -137,7 +137,7 @@ def _planned_bytes(
 ) -> tuple[int, int]:
     """Return what can stream, and all the other memory of a run with these examples."""
     zo = recipe.zo
-    probes = 2 * (zo.num_directions if zo.estimator == "spsa" else 1)
+    probes = 2 * (1 if zo.estimator == "per_example" else zo.num_directions)
     rows = probes * _most_rows(sets[0]) * recipe.per_device_train_batch_size
     for data in sets[1:]:
         rows = max(rows, _most_rows(data) * recipe.per_device_eval_batch_size)
