@@ -13,7 +13,9 @@ have multipliers, its output before they were applied. A tile costs its buffer, 
 size for ``dW``. Sums are in fp32; slopes of activations have the dtype of the activations.
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -27,6 +29,20 @@ from quantizers.weight import QuantizedWeight
 
 Values = Callable[[Tensor], Tensor]
 Tiles = Callable[[Tensor], Iterator[tuple[slice, Tensor]]]
+
+
+@contextmanager
+def tangents() -> Iterator[None]:
+    """Let tensors carry tangents while the block runs, as ``forward_ad.dual_level`` does.
+
+    Without the warning that torch gives about its own code at the first tangent.
+    """
+    with ExitStack() as stack:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            stack.enter_context(forward_ad.dual_level())
+            forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
+        yield
 
 
 def is_differentiated(*tensors: Tensor) -> bool:

@@ -18,7 +18,7 @@ then ``v <- max(v - learning_rate * u, 0)``. Adam: arXiv 1412.6980, algorithm 1.
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -27,7 +27,8 @@ from torch import Tensor
 from qzo.errors import CheckpointError, QZOError
 from qzo.scales import Scales
 
-FirstOrderOptimizer = Literal["adam", "sgd"]
+_HEADER_TYPES = {"layers": list, "num_values": int, "optimizer": str, "optimizer_settings": dict}
+_SETTINGS: dict[str, tuple[str, ...]] = {"adam": ("adam_beta1", "adam_beta2", "adam_epsilon"), "sgd": ()}
 
 
 class FirstOrder:
@@ -39,25 +40,30 @@ class FirstOrder:
         scales: Holds the trained vector.
         names: The layers of the part.
         optimizer: ``adam`` or ``sgd``.
-        settings: ``adam_beta1``, ``adam_beta2`` and ``adam_epsilon``; nothing for ``sgd``.
+        settings: ``adam_beta1``, ``adam_beta2`` and ``adam_epsilon`` for ``adam``.
 
     Attributes:
         layers: Their places in the vector.
         size: Number of values.
 
     Raises:
-        CheckpointError: A layer is not trained, or there is no such optimizer.
+        CheckpointError: A layer is not trained, or there is no such optimizer or setting.
     """
 
     def __init__(
         self,
         scales: Scales,
         names: Sequence[str],
-        optimizer: FirstOrderOptimizer,
+        optimizer: str,
         settings: Mapping[str, float],
     ) -> None:
-        if optimizer not in get_args(FirstOrderOptimizer):
+        if optimizer not in _SETTINGS:
             raise CheckpointError(f"first_order: expected 'adam' or 'sgd', got {optimizer!r}")
+        if sorted(settings) != sorted(_SETTINGS[optimizer]):
+            raise CheckpointError(
+                f"first_order: expected settings {list(_SETTINGS[optimizer])} of {optimizer!r}, got "
+                f"{sorted(settings)}"
+            )
         missing = [name for name in names if name not in scales.names]
         if missing or not names:
             raise CheckpointError(f"first_order: expected trained layers, got {missing or 'none'}")
@@ -113,15 +119,17 @@ def first_order_of(header: Mapping[str, Any], scales: Scales) -> FirstOrder | No
     part = header.get("first_order")
     if part is None:
         return None
-    try:
-        made = FirstOrder(scales, part["layers"], part["optimizer"], part["optimizer_settings"])
-        fits = made.size == part["num_values"]
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"journal: first_order: damaged: {error!r}") from error
-    if not fits:
+    for key, kind in _HEADER_TYPES.items():
+        value = part.get(key) if isinstance(part, dict) else None
+        if not isinstance(value, kind):
+            raise CheckpointError(
+                f"journal: first_order: expected {key} of type {kind.__name__}, got {value!r}"
+            )
+    made = FirstOrder(scales, part["layers"], part["optimizer"], part["optimizer_settings"])
+    if made.size != part["num_values"]:
         raise CheckpointError(
             f"journal: first_order: expected {made.size} values of its layers, got "
-            f"{part['num_values']!r}"
+            f"{part['num_values']}"
         )
     return made
 

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from qzo.attention import can_pack
 from qzo.encoding import EncodedExample
 from qzo.errors import ConfigError, DataError
+from qzo.exact import tangents
 from qzo.examples import ExampleSet, LossName
 from qzo.linear import Live
 from qzo.probes import Probe
@@ -185,7 +186,7 @@ class Objective:
         """
         stack = build_stack(items, self._model.device, is_packed=can_pack(self._model))
         examples = [example for part in items for example in part]
-        with torch.no_grad(), forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
+        with torch.no_grad(), tangents(), sdpa_kernel(SDPBackend.MATH):
             with self._scales.with_tangents(self._live, probes):
                 losses = self._exact_losses(stack, examples)
             slopes = forward_ad.unpack_dual(losses).tangent

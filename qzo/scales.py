@@ -133,7 +133,7 @@ class Scales:
     def with_tangents(self, live: Live, probes: Sequence[Probe]) -> Iterator[None]:
         """Let the layers see the scales at the probes, with the directions as their tangents.
 
-        What a model computes in the block, inside ``forward_ad.dual_level``, carries its exact
+        What a model computes in the block, inside ``exact.tangents``, carries its exact
         slopes along the directions.
         """
 

@@ -552,7 +552,7 @@ def _check_exact(model: PreTrainedModel, config: Recipe, ranks: Ranks) -> None:
     if zo.has_first_order and ranks.size > 1:
         raise ConfigError(
             f"zo.first_order_blocks: expected one process, got {ranks.size}: exact gradients are "
-            "not summed over processes; run without torchrun, or with gradients of forward passes"
+            "not summed over processes; run without torchrun, or without first-order blocks"
         )
     is_exact = zo.has_first_order or zo.estimator == "forward_gradient"
     if is_exact and getattr(model, "qzo_budget", None) is not None:
