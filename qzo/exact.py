@@ -3,7 +3,7 @@
 With ``W = scales * decoded`` and ``y = x W^T``, for a slope ``g`` of the loss by ``y``:
 
 - ``dx = g W``,
-- ``dW = g^T x``; the slope of a scale is the sum of ``dW * decoded`` over the weights it belongs to,
+- ``dW = g^T x``; the slope of a scale is the sum of ``dW * decoded`` over its weights,
 - along tangents of ``x`` and the scales, ``dy = dx W^T + x (dscales * decoded)^T``.
 
 The forward is the usual product, bit for bit. The derivatives decode the codes again, tile by tile,
@@ -64,7 +64,7 @@ def frozen_product(
         values: Gives the product.
         tiles: Gives the matrix for such inputs, some rows at a time, each until the next.
     """
-    result: Tensor = _FrozenProduct.apply(x, values, tiles)
+    result: Tensor = _FrozenProduct.apply(x, values, tiles)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -77,12 +77,12 @@ class _FrozenProduct(torch.autograd.Function):
         return values(x)
 
     @staticmethod
-    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, None, None]:
         (slope,) = slopes
         return _times_rows(slope, ctx.tiles(slope)).to(ctx.dtype), None, None
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:  # type: ignore[override]
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
         assert tangents[0] is not None
         result: Tensor = ctx.values(tangents[0])
         return result
@@ -122,7 +122,7 @@ class ScaledProduct:
         self, x: Float[Tensor, "tokens in"], scales: Sequence[Float[Tensor, "scale_rows groups"]]
     ) -> Float[Tensor, "tokens out"]:
         """Return the product, to be differentiated by ``x`` and the scales."""
-        result: Tensor = _ScaledProduct.apply(self, x, *scales)
+        result: Tensor = _ScaledProduct.apply(self, x, *scales)  # type: ignore[no-untyped-call]
         return result
 
     def slopes(
@@ -144,7 +144,9 @@ class ScaledProduct:
         of_input = None
         if has_input:
             of_input = slope.new_zeros(len(slope), self.weight.in_features, dtype=torch.float32)
-        of_scales = None if x is None else [torch.zeros_like(s, dtype=torch.float32) for s in scales]
+        of_scales = (
+            None if x is None else [torch.zeros_like(s, dtype=torch.float32) for s in scales]
+        )
         for rows, decoded in self._decoded(slope):
             for probe, (start, stop) in enumerate(pairwise(self.bounds)):
                 part = slope[start:stop, rows]
@@ -194,7 +196,7 @@ class _ScaledProduct(torch.autograd.Function):
         return product.values(x)
 
     @staticmethod
-    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
         x, *scales = ctx.saved_tensors
         of_input, of_scales = ctx.product.slopes(
             slopes[0], x, scales, has_input=ctx.needs_input_grad[1]
@@ -202,7 +204,7 @@ class _ScaledProduct(torch.autograd.Function):
         return None, None if of_input is None else of_input.to(ctx.dtype), *of_scales
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:  # type: ignore[override]
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
         x, *scales = ctx.saved_tensors
         moved: Tensor = ctx.product.tangent(x, tangents[1], scales, tangents[2:])
         return moved

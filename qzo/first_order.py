@@ -27,8 +27,15 @@ from torch import Tensor
 from qzo.errors import CheckpointError, QZOError
 from qzo.scales import Scales
 
-_HEADER_TYPES = {"layers": list, "num_values": int, "optimizer": str, "optimizer_settings": dict}
-_SETTINGS: dict[str, tuple[str, ...]] = {"adam": ("adam_beta1", "adam_beta2", "adam_epsilon"), "sgd": ()}
+# What a replay and a resume read of a header.
+_HEADER_TYPES: dict[str, type] = {
+    **{"layers": list, "num_blocks": int, "num_values": int},
+    **{"optimizer": str, "optimizer_settings": dict},
+}
+_SETTINGS: dict[str, tuple[str, ...]] = {
+    "adam": ("adam_beta1", "adam_beta2", "adam_epsilon"),
+    "sgd": (),
+}
 
 
 class FirstOrder:
@@ -59,10 +66,12 @@ class FirstOrder:
     ) -> None:
         if optimizer not in _SETTINGS:
             raise CheckpointError(f"first_order: expected 'adam' or 'sgd', got {optimizer!r}")
-        if sorted(settings) != sorted(_SETTINGS[optimizer]):
+        names_of = list(_SETTINGS[optimizer])
+        is_valid = all(isinstance(v, float) and 0 <= v < 1 for v in settings.values())
+        if sorted(settings) != names_of or not is_valid:
             raise CheckpointError(
-                f"first_order: expected settings {list(_SETTINGS[optimizer])} of {optimizer!r}, got "
-                f"{sorted(settings)}"
+                f"first_order: expected {names_of} from 0 to below 1 for {optimizer!r}, got "
+                f"{settings!r}"
             )
         missing = [name for name in names if name not in scales.names]
         if missing or not names:

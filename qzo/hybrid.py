@@ -96,9 +96,10 @@ def write_importance(folder: Path, header: dict[str, Any]) -> bool:
         Whether it was written now.
     """
     path = folder / IMPORTANCE_NAME
-    if header["importance"] is None or path.exists():
+    importance = header.get("importance")
+    if importance is None or path.exists():
         return False
-    importance, total = header["importance"], sum(header["importance"])
+    total = sum(importance)
     value = {
         "measure": "mean over batches of sum |gradient * value|",
         "num_batches": PROFILE_BATCHES,

@@ -7,8 +7,8 @@ to rebuild the tuned scales, so the journal is the smallest adapter there is.
 ``journal.jsonl``: line 1 is the header. A step line is ``{"step", "losses", "derivatives",
 "learning_rate"}``; what is not finite is null. ``derivatives`` are what moved the scales; where the
 clip or the normalisation changed one, ``raw`` holds them as measured. ``gradient`` is there where a
-part of the scales has exact gradients: ``{"loss", "learning_rate"}``; see ``gradients``. A line ``{"step",
-"fingerprint"}`` holds the sha256 of the master before that step.
+part of the scales has exact gradients: ``{"loss", "learning_rate"}``; see ``gradients``. A line
+``{"step", "fingerprint"}`` holds the sha256 of the master before that step.
 
 The compact form, ``journal.safetensors``, holds what a replay needs and no more: 16 bytes for a
 step of one direction. See ``write_compact``.
@@ -415,12 +415,15 @@ def _step(path: Path, number: int, value: Mapping[str, Any]) -> Step:
 def _gradient_note(path: Path, number: int, value: Any) -> GradientNote | None:
     if value is None:
         return None
-    loss, rate = (value.get(k) if isinstance(value, dict) else "" for k in ("loss", "learning_rate"))
+    is_object = isinstance(value, dict)
+    loss, rate = (value.get(k) if is_object else "" for k in ("loss", "learning_rate"))
     if not (loss is None or _is_number(loss)) or not _is_number(rate):
         raise CheckpointError(
             f"{path}: line {number}: expected a gradient with loss and learning_rate, got "
             "something else"
         )
+    assert loss is None or isinstance(loss, int | float)
+    assert isinstance(rate, int | float)
     return GradientNote(loss, rate)
 
 

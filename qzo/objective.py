@@ -146,9 +146,7 @@ class Objective:
                     sums[place] = sum(next(values) for _ in items[place])
         return sums
 
-    def gradient(
-        self, batch: Batch, layers: Sequence[int]
-    ) -> tuple[float, Float[Tensor, " size"]]:
+    def gradient(self, batch: Batch, layers: Sequence[int]) -> tuple[float, Float[Tensor, " size"]]:
         """Return the loss at the master, and its exact gradient by the values of some layers.
 
         The graph starts at the first of these layers: what runs in front of it leaves nothing in

@@ -140,7 +140,9 @@ class Scales:
         def dual(layer: int) -> Float[Tensor, "probes length"]:
             start, stop = self._bounds[layer], self._bounds[layer + 1]
             z = self.direction_parts([probe.seed for probe in probes], start, stop)
-            return forward_ad.make_dual(self._shifted_values(layer, probes).contiguous(), z)
+            shifted = self._shifted_values(layer, probes).contiguous()
+            made: Tensor = forward_ad.make_dual(shifted, z)
+            return made
 
         with self.shifted(live, probes):
             live.effective = lambda layer: self._effective(layer, dual(layer))

@@ -303,9 +303,7 @@ class Trainer:
         has_probes = part is None or part.size < len(self.scales)
         return self.estimator.ask(step) if has_probes else []
 
-    def _exact_gradient(
-        self, step: int, batch: Batch
-    ) -> tuple[Tensor | None, GradientNote | None]:
+    def _exact_gradient(self, step: int, batch: Batch) -> tuple[Tensor | None, GradientNote | None]:
         """Return the gradient of the first-order part and what the journal says of it.
 
         Where loss or gradient are not finite, there are zeros instead, and no loss.
@@ -345,7 +343,7 @@ class Trainer:
 
     def _profile_forwards(self) -> float:
         part = self._first_order_header
-        return 0.0 if part is None or part["importance"] is None else PROFILE_FORWARDS
+        return 0.0 if part is None or part.get("importance") is None else PROFILE_FORWARDS
 
     def _restore(self, journal: Journal) -> None:
         """Bring scales and optimizer to the end of the journal, from the newest snapshot on.

@@ -37,9 +37,9 @@ def build_gptq(**options: Any) -> Build:
         tensors = random_layer(IN, OUT, variant)
         tensors["scales"] = tensors["scales"].float()
         weight = gptq.unpack(tensors, gptq.spec(variant.config()), "layer")
-        return QuantLinear("layer", weight, normal(OUT, seed=3), Live()), lambda scales: (
-            gptq_files.read_layer({**tensors, "scales": scales.T}, variant)
-        )
+        return QuantLinear(
+            "layer", weight, normal(OUT, seed=3), Live()
+        ), lambda scales: gptq_files.read_layer({**tensors, "scales": scales.T}, variant)
 
     return build
 
@@ -48,9 +48,9 @@ def build_nf4(blocksize: int) -> Build:
     def build() -> tuple[QuantLinear, Callable[[Tensor], Tensor]]:
         tensors = nf4_files.quantize_layer(normal(OUT, IN, seed=0), blocksize=blocksize)
         weight = nf4.unpack(tensors, nf4.NF4Spec("nf4"), "layer")
-        return QuantLinear("layer", weight, normal(OUT, seed=3), Live()), lambda scales: (
-            nf4_files.read_layer({**tensors, "absmax": scales.reshape(-1)})
-        )
+        return QuantLinear(
+            "layer", weight, normal(OUT, seed=3), Live()
+        ), lambda scales: nf4_files.read_layer({**tensors, "absmax": scales.reshape(-1)})
 
     return build
 
@@ -222,9 +222,7 @@ def test_a_mapped_head_has_slopes_and_tangents(
     monkeypatch: pytest.MonkeyPatch, has_bias: bool
 ) -> None:
     monkeypatch.setattr(mapped, "TILE_ELEMENTS", 12)
-    head = MappedLinear(
-        nn.Linear(4, 7, bias=has_bias).requires_grad_(False), torch.float32, Live()
-    )
+    head = MappedLinear(nn.Linear(4, 7, bias=has_bias).requires_grad_(False), torch.float32, Live())
     head.weight = normal(7, 4).half()
     x, along, slope = normal(2, 3, 4), normal(2, 3, 4, seed=2), normal(2, 3, 7, seed=3)
     leaf = x.clone().requires_grad_()

@@ -51,7 +51,9 @@ def trainer_of(base: Path, out: Path, coordinates: str, **keys: Any) -> Trainer:
     zo = {"estimator": "spsa", "coordinates": coordinates}
     made = tiny_trainer(base, out, zo=zo, **keys)
     scales = made.scales
-    made.scales.move(0, len(scales), scales.values * 0.1 * directions("gaussian", [3], 0, len(scales))[0])
+    made.scales.move(
+        0, len(scales), scales.values * 0.1 * directions("gaussian", [3], 0, len(scales))[0]
+    )
     return made
 
 
@@ -67,7 +69,9 @@ class Dense:
         stored = load_file(base / "model.safetensors")
         self._groups = {n: stored[f"{n}.g_idx"].long() for n in self.scales.names}
         self._file = {n: stored[f"{n}.scales"].T.double() for n in self.scales.names}
-        self._weights = {n: self.model.get_submodule(n).weight.double() for n in self.scales.names}
+        self._weights = {
+            n: self.model.get_parameter(f"{n}.weight").double() for n in self.scales.names
+        }
 
     def weights(self, values: Tensor) -> Mapping[str, Tensor]:
         made = {}
@@ -89,7 +93,7 @@ class Dense:
 
     def gradient(self, batch: list[EncodedExample]) -> Tensor:
         leaf = self.scales.values.double().requires_grad_()
-        (slopes,) = torch.autograd.grad(self.loss(leaf, batch), [leaf])
+        slopes: Tensor = torch.autograd.grad(self.loss(leaf, batch), [leaf])[0]
         return slopes
 
     def _example_loss(self, weights: Mapping[str, Tensor], example: EncodedExample) -> Tensor:
