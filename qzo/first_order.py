@@ -62,7 +62,7 @@ class FirstOrder:
         scales: Scales,
         names: Sequence[str],
         optimizer: str,
-        settings: Mapping[str, float],
+        settings: Mapping[str, Any],
     ) -> None:
         if optimizer not in _SETTINGS:
             raise CheckpointError(f"first_order: expected 'adam' or 'sgd', got {optimizer!r}")

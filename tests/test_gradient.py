@@ -97,7 +97,7 @@ class Dense:
         return slopes
 
     def _example_loss(self, weights: Mapping[str, Tensor], example: EncodedExample) -> Tensor:
-        scores = []
+        scores: list[Tensor] = []
         for candidate in example.candidates:
             ids = torch.tensor([example.rows[candidate.row]])
             logits = functional_call(self.model, dict(weights), (ids,)).logits[0]
@@ -105,7 +105,8 @@ class Dense:
             scores.append(chosen.mean())
         if len(scores) == 1:
             return -scores[0]
-        return -torch.stack(scores).log_softmax(0)[example.label]
+        log_probabilities: Tensor = torch.stack(scores).log_softmax(0)
+        return -log_probabilities[example.label]
 
 
 @every_coordinates
