@@ -186,6 +186,18 @@ class GPTQWeight:
         torch.mul(self._by_group(decoded), group_scales, out=self._by_group(product))
         return product
 
+    def add_by_scale(
+        self,
+        values: Float[Tensor, "rows in"],
+        rows: slice,
+        total: Float[Tensor, "out groups"],
+    ) -> None:
+        """Add values of weights to the total of their scales; see ``QuantizedWeight``."""
+        if self.group_index is not None:
+            total[rows].index_add_(1, self.group_index, values)
+        else:
+            total[rows] += self._by_group(values).sum(-1)
+
     def to(self, device: torch.device) -> "GPTQWeight":
         """Return the same weight with its tensors on another device."""
         index = None if self.group_index is None else self.group_index.to(device)

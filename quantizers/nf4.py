@@ -147,14 +147,24 @@ class NF4Weight:
         """Multiply decoded rows by their scales; see ``QuantizedWeight``."""
         product = decoded.view(-1) if buffer is None else buffer[: decoded.numel()]
         if self.blocks_cross_rows:
-            start = rows.start * self.in_features
-            blocks = torch.arange(start, start + decoded.numel(), device=scales.device)
-            expanded = scales.reshape(-1)[blocks // self.blocksize]
+            expanded = scales.reshape(-1)[self._blocks(rows)]
             torch.mul(decoded.reshape(-1), expanded, out=product)
         else:
             by_block = (decoded.shape[0], -1, self.blocksize)
             torch.mul(decoded.view(by_block), scales[rows, :, None], out=product.view(by_block))
         return product.view(-1, self.in_features)
+
+    def add_by_scale(
+        self,
+        values: Float[Tensor, "rows in"],
+        rows: slice,
+        total: Float[Tensor, "out groups"],
+    ) -> None:
+        """Add values of weights to the total of their scales; see ``QuantizedWeight``."""
+        if self.blocks_cross_rows:
+            total.view(-1).index_add_(0, self._blocks(rows), values.reshape(-1))
+        else:
+            total[rows] += values.unflatten(1, (-1, self.blocksize)).sum(-1)
 
     def to(self, device: torch.device) -> "NF4Weight":
         """Return the same weight with its tensors on another device."""
@@ -164,6 +174,11 @@ class NF4Weight:
             codebook=self.codebook.to(device),
             absmax=self.absmax.to(device),
         )
+
+    def _blocks(self, rows: slice) -> Int[Tensor, " weights"]:
+        """Return the block of every weight of some rows."""
+        first, last = rows.start * self.in_features, rows.stop * self.in_features
+        return torch.arange(first, last, device=self.absmax.device) // self.blocksize
 
     @property
     def _blocks_per_row(self) -> int:

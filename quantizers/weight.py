@@ -71,6 +71,18 @@ class QuantizedWeight(Protocol):
         """Multiply decoded rows by their scales, in place if the buffer is None."""
         ...
 
+    def add_by_scale(
+        self,
+        values: Float[Tensor, "rows in"],
+        rows: slice,
+        total: Float[Tensor, "out groups"],
+    ) -> None:
+        """Add what belongs to the weights of some rows to the total of their scales, in place.
+
+        The transpose of ``apply_scales`` on ones.
+        """
+        ...
+
     def to(self, device: torch.device) -> "QuantizedWeight":
         """Return the same weight with its tensors on another device."""
         ...

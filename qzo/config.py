@@ -67,9 +67,9 @@ class ZOConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    estimator: Literal["spsa", "one_sided", "fzoo", "rloo", "per_example", "spsa_1_5"] = (
-        "per_example"
-    )
+    estimator: Literal[
+        "spsa", "one_sided", "fzoo", "rloo", "per_example", "spsa_1_5", "forward_gradient"
+    ] = "per_example"
     examples_per_direction: Int = Field(default=1, ge=1)  # per_example: examples that share one
     sides: Literal["two", "leave_one_out"] = "two"  # per_example: where a group is evaluated
     coordinates: Coordinates = "row"
@@ -110,6 +110,32 @@ class ZOConfig(BaseModel):
     layer_scaling: Literal["none", "param_norm", "grad_norm"] = "none"
     layer_scaling_rule: Literal["variance", "expectation"] = "variance"
     max_skipped_steps: Int = Field(default=10, ge=1)
+
+    # Exact gradients for the scales of the last so many trained blocks, or of as many as have a
+    # share of the importance that a profile finds; the other scales stay zeroth-order.
+    first_order_blocks: Int = Field(default=0, ge=0)
+    first_order_layers: Literal["last", "profile"] = "last"
+    first_order_share: Float = Field(default=0.5, gt=0, le=1)
+    first_order_optimizer: Literal["adam", "sgd"] = "adam"
+    first_order_learning_rate: Float | None = Field(default=None, gt=0)  # Adam: see below
+
+    @property
+    def has_first_order(self) -> bool:
+        """Whether exact gradients move a part of the scales."""
+        return self.first_order_blocks > 0 or self.first_order_layers == "profile"
+
+    @property
+    def first_order_rate(self) -> float:
+        """The learning rate of the first-order part, before the schedule."""
+        if self.first_order_learning_rate is not None:
+            return self.first_order_learning_rate
+        return 1e-5 if self.coordinates == "absolute" else 3e-3  # of Adam, not tuned
+
+    @property
+    def first_order_settings(self) -> dict[str, float]:
+        """The arguments of the rule of the first-order part."""
+        names = ("adam_beta1", "adam_beta2", "adam_epsilon")
+        return {name: getattr(self, name) for name in names if self.first_order_optimizer == "adam"}
 
     @property
     def optimizer_settings(self) -> dict[str, float]:
@@ -222,7 +248,7 @@ _LEARNING_RATES = {
     ("fzoo", "absolute"): 1e-8,
     **{
         (name, coordinates): rate
-        for name in ("spsa", "one_sided", "rloo", "spsa_1_5")
+        for name in ("spsa", "one_sided", "rloo", "spsa_1_5", "forward_gradient")
         for coordinates, rate in _SPSA_RATES.items()
     },
 }
@@ -388,6 +414,7 @@ def _check_together(values: Recipe) -> None:
         )
     _check_estimator(values)
     _check_optimizer(values.zo)
+    _check_exact(values)
 
 
 def _check_estimator(values: Recipe) -> None:
@@ -426,4 +453,46 @@ def _check_optimizer(zo: ZOConfig) -> None:
         raise ConfigError(
             "zo.layer_scaling: expected 'none' with the optimizer 'conservative', whose steps go "
             f"where probes went, got {zo.layer_scaling!r}"
+        )
+
+
+def _check_exact(values: Recipe) -> None:
+    """Refuse what exact derivatives cannot go with.
+
+    Raises:
+        ConfigError: There is such a thing.
+    """
+    zo = values.zo
+    is_forward = zo.estimator == "forward_gradient"
+    if values.objective != "loss" and (is_forward or zo.has_first_order):
+        raise ConfigError(
+            f"objective: expected 'loss' with exact derivatives, got {values.objective!r}, which "
+            "has none"
+        )
+    if is_forward and zo.max_loss_difference is not None:
+        raise ConfigError(
+            "zo.max_loss_difference: expected none with 'forward_gradient', which measures slopes "
+            f"and no loss differences, got {zo.max_loss_difference}"
+        )
+    if values.memory_limit is not None and (is_forward or zo.has_first_order):
+        raise ConfigError(
+            "memory_limit: expected none with exact derivatives, which need more memory than "
+            f"forward passes, got {values.memory_limit!r}; leave it out, or choose "
+            "zo.first_order_blocks: 0 and another zo.estimator"
+        )
+    if zo.first_order_layers == "profile" and zo.first_order_blocks:
+        raise ConfigError(
+            "zo.first_order_blocks: expected 0 with zo.first_order_layers 'profile', which finds "
+            f"the number, got {zo.first_order_blocks}"
+        )
+    if zo.num_blocks is not None and zo.first_order_blocks > zo.num_blocks:
+        raise ConfigError(
+            f"zo.first_order_blocks: expected at most zo.num_blocks, {zo.num_blocks}, got "
+            f"{zo.first_order_blocks}"
+        )
+    needs_rate = zo.has_first_order and zo.first_order_optimizer == "sgd"
+    if needs_rate and zo.first_order_learning_rate is None:
+        raise ConfigError(
+            "zo.first_order_learning_rate: expected a number with zo.first_order_optimizer 'sgd', "
+            "got none"
         )

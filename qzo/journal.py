@@ -7,9 +7,10 @@ to rebuild the tuned scales, so the journal is the smallest adapter there is.
 ``journal.jsonl``: line 1 is the header. A step line is ``{"step", "losses", "derivatives",
 "learning_rate"}``; what is not finite is null. ``derivatives`` are what moved the scales; where the
 clip or the normalisation changed one, ``raw`` holds them as measured. Where the estimator measures
-curvatures, ``curvatures`` holds one per derivative. A line ``{"step", "fingerprint"}`` holds the
-sha256 of the master before that step. Where directions are stretched, the header's ``stretch``
-holds a factor per layer for probes and one for updates.
+curvatures, ``curvatures`` holds one per derivative. ``gradient`` is there where a part of the
+scales has exact gradients: ``{"loss", "learning_rate"}``; see ``gradients``. A line ``{"step",
+"fingerprint"}`` holds the sha256 of the master before that step. Where directions are stretched,
+the header's ``stretch`` holds a factor per layer for probes and one for updates.
 
 The compact form, ``journal.safetensors``, holds what a replay needs and no more: 16 bytes for a
 step of one direction. See ``write_compact``.
@@ -20,7 +21,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, get_args, runtime_checkable
 
@@ -59,6 +60,20 @@ class Step:
     derivatives: tuple[float | None, ...]
     learning_rate: float
     curvatures: tuple[float | None, ...] = ()
+    gradient: "GradientNote | None" = None
+
+
+@dataclass(frozen=True)
+class GradientNote:
+    """What a step says of its exact gradient; the vector is in the side file (``gradients``).
+
+    Attributes:
+        loss: At the master; None where loss or gradient were not finite: the part did not move.
+        learning_rate: Of the first-order part.
+    """
+
+    loss: float | None
+    learning_rate: float
 
 
 @dataclass(frozen=True)
@@ -160,6 +175,7 @@ class Journal:
         losses: Sequence[float],
         derivatives: Sequence[DirectionalDerivative],
         learning_rate: float,
+        gradient: GradientNote | None = None,
     ) -> None:
         """Put a step on disk."""
         assert step == self.next_step
@@ -176,6 +192,8 @@ class Journal:
         if curvatures:
             assert len(curvatures) == len(derivatives)
             line["curvatures"] = [_finite_or_none(curvature) for curvature in curvatures]
+        if gradient is not None:
+            line["gradient"] = asdict(gradient)
         self._num_unsynced += 1
         self._write(line, is_synced=self._num_unsynced >= self.sync_steps)
         self.next_step = step + 1
@@ -289,8 +307,13 @@ def write_compact(journal: Record, path: Path) -> None:
     there are any ``curvatures`` (like the derivatives), and the header in its metadata.
 
     Raises:
-        CheckpointError: Steps have different numbers of directions.
+        CheckpointError: Steps have different numbers of directions, or exact gradients.
     """
+    if "first_order" in journal.header:
+        raise CheckpointError(
+            f"{journal.path}: expected a run of forward passes only, got one with exact gradients, "
+            "which are vectors and have no compact form; keep journal.jsonl and gradients.f32"
+        )
     records = list(journal.records())
     steps = [record for record in records if isinstance(record, Step)]
     marks = [record for record in records if isinstance(record, Fingerprint)]
@@ -466,7 +489,10 @@ def _step(path: Path, number: int, value: Mapping[str, Any]) -> Step:
     assert isinstance(derivatives, list)
     assert isinstance(learning_rate, int | float)
     curvatures = _curvatures(path, number, value, len(derivatives))
-    return Step(int(value["step"]), tuple(losses), tuple(derivatives), learning_rate, curvatures)
+    note = _gradient_note(path, number, value.get("gradient"))
+    return Step(
+        int(value["step"]), tuple(losses), tuple(derivatives), learning_rate, curvatures, note
+    )
 
 
 def _curvatures(
@@ -487,6 +513,21 @@ def _curvatures(
             "something else"
         )
     return tuple(entries)
+
+
+def _gradient_note(path: Path, number: int, value: Any) -> GradientNote | None:
+    if value is None:
+        return None
+    is_object = isinstance(value, dict)
+    loss, rate = (value.get(k) if is_object else "" for k in ("loss", "learning_rate"))
+    if not (loss is None or _is_number(loss)) or not _is_number(rate):
+        raise CheckpointError(
+            f"{path}: line {number}: expected a gradient with loss and learning_rate, got "
+            "something else"
+        )
+    assert loss is None or isinstance(loss, int | float)
+    assert isinstance(rate, int | float)
+    return GradientNote(loss, rate)
 
 
 def _is_sha256(value: object) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from quantizers.weight import QuantizedWeight
 from qzo.attention import PackedRows
 from qzo.errors import CheckpointError
+from qzo.exact import ScaledProduct, frozen_product, is_differentiated
 
 TILE_ELEMENTS = 4 * 2**20  # of the dense matrix that exist at one time
 _TILE_STEP = 32  # rows; packed formats hold up to 32 elements in a run of words
@@ -131,9 +132,50 @@ class QuantLinear(nn.Module):
         effective = self._effective()
         num_probes = 1 if effective is None else effective.num_probes
         bounds = self._bounds(len(x), num_probes)
+        is_exact = is_differentiated(x, *_trained(effective))
         if isinstance(effective, Multipliers) and effective.columns is not None:
-            x = x.clone()
-            _multiply(x, effective.columns[:, self.quantized.input_groups], bounds)
+            columns = effective.columns[:, self.quantized.input_groups]
+            x = (
+                _multiplied(x, columns, bounds)
+                if is_exact
+                else _multiply(x.clone(), columns, bounds)
+            )
+        if is_exact:
+            return self._exact_product(x, effective, bounds)
+        return self._values(x, effective, bounds)
+
+    def _exact_product(
+        self,
+        x: Float[Tensor, "tokens in"],
+        effective: EffectiveScales | None,
+        bounds: Sequence[int],
+    ) -> Float[Tensor, "tokens out"]:
+        """Return the same product, to be differentiated."""
+        if isinstance(effective, ProbeScales):
+            product = ScaledProduct(
+                lambda x: self._values(x, effective, bounds),
+                self.quantized,
+                list(self._tiles()),
+                bounds,
+                self._buffer,
+            )
+            return product(x, effective.scales)
+        y = frozen_product(x, lambda x: self._values(x, None, (0, len(x))), self._dense_tiles)
+        if effective is None or effective.rows is None:
+            return y
+        return _multiplied(y, effective.rows, bounds)
+
+    def _dense_tiles(self, x: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Yield the matrix of the file, some rows at a time, in a buffer near ``x``."""
+        for rows in self._tiles():
+            yield rows, self.quantized.dequantize(rows, self._buffer("decoded", rows, x))
+
+    def _values(
+        self,
+        x: Float[Tensor, "tokens in"],
+        effective: EffectiveScales | None,
+        bounds: Sequence[int],
+    ) -> Float[Tensor, "tokens out"]:
         if x.is_cuda:
             y = self._kernel_product(x, effective, bounds)
             if y is not None:
@@ -218,11 +260,31 @@ class QuantLinear(nn.Module):
             yield slice(start, min(start + step, self.out_features))
 
 
+def _trained(effective: EffectiveScales | None) -> Sequence[Tensor]:
+    """Return the tensors that the effective scales consist of."""
+    if effective is None:
+        return ()
+    if isinstance(effective, ProbeScales):
+        return effective.scales
+    return [factors for factors in (effective.rows, effective.columns) if factors is not None]
+
+
 def _multiply(
     values: Float[Tensor, "tokens features"],
     multipliers: Float[Tensor, "probes features"],
     bounds: Sequence[int],
-) -> None:
-    """Multiply the tokens of each probe by its multipliers, in place."""
+) -> Float[Tensor, "tokens features"]:
+    """Multiply the tokens of each probe by its multipliers, in place, and return them."""
     for factors, (start, stop) in zip(multipliers.to(values.dtype), pairwise(bounds), strict=True):
         values[start:stop] *= factors
+    return values
+
+
+def _multiplied(
+    values: Float[Tensor, "tokens features"],
+    multipliers: Float[Tensor, "probes features"],
+    bounds: Sequence[int],
+) -> Float[Tensor, "tokens features"]:
+    """Return the same product as a new tensor, to be differentiated."""
+    spans = zip(multipliers.to(values.dtype), pairwise(bounds), strict=True)
+    return torch.cat([values[start:stop] * factors for factors, (start, stop) in spans])

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from qzo.exact import frozen_product, is_differentiated
 from qzo.linear import Live
 
 TILE_ELEMENTS = 2**20  # that are converted at one time; 4 MiB stay in cache until the product
@@ -66,14 +67,23 @@ class MappedLinear(nn.Linear):
     def forward(self, input: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         """Return the product."""
         x = input.reshape(-1, self.in_features)
+        is_exact = is_differentiated(x)
+        y = frozen_product(x, self._values, self._dense_tiles) if is_exact else self._values(x)
+        bias: Tensor | None = self.bias  # torch's stubs say that there always is one
+        return (y if bias is None else y.add_(bias)).view(*input.shape[:-1], -1)
+
+    def _values(self, x: Float[Tensor, "tokens in"]) -> Float[Tensor, "tokens out"]:
         y = x.new_empty(len(x), self.out_features)
+        for rows, dense in self._dense_tiles(x):
+            torch.mm(x, dense.T.to(x.dtype), out=y[:, rows])
+        return y
+
+    def _dense_tiles(self, x: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Yield the converted matrix, some rows at a time, in a buffer near ``x``."""
         for rows in self._tiles():
             stored = self.weight[rows]
             buffer = self.live.buffer("decoded", stored.numel(), x.device)[: stored.numel()]
-            dense = buffer.view_as(stored).copy_(stored)
-            torch.mm(x, dense.T.to(x.dtype), out=y[:, rows])
-        bias: Tensor | None = self.bias  # torch's stubs say that there always is one
-        return (y if bias is None else y.add_(bias)).view(*input.shape[:-1], -1)
+            yield rows, buffer.view_as(stored).copy_(stored)
 
     def _tiles(self) -> Iterator[slice]:
         step = max(TILE_ELEMENTS // self.in_features, 1)

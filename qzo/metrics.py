@@ -89,6 +89,12 @@ class Metrics:
         """The number of steps done at the newest line of averages; 0 if there is none."""
         return max((line["step"] for line in self.lines if "learning_rate" in line), default=0)
 
+    @property
+    def forwards(self) -> float | None:
+        """Forwards of a batch up to the newest line of averages, or None where none says."""
+        counts = [line["forwards"] for line in self.lines if "forwards" in line]
+        return float(counts[-1]) if counts else None
+
     def best(self, *, by_reward: bool = False) -> tuple[int, float] | None:
         """Return step and loss of the best evaluation so far, or minus its reward."""
         key, sign = ("eval_reward", -1) if by_reward else ("eval_loss", 1)

@@ -17,11 +17,17 @@ from itertools import accumulate, chain, pairwise
 from typing import Any
 
 import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
 from qzo.attention import can_pack
 from qzo.encoding import EncodedExample
 from qzo.errors import ConfigError, DataError
+from qzo.exact import tangents
 from qzo.examples import ExampleSet, LossName, Question
 from qzo.generation import Generator
 from qzo.linear import Live
@@ -37,7 +43,7 @@ from qzo.rewards import (
     make_judge,
 )
 from qzo.scales import Scales
-from qzo.stack import answer_scores, build_stack
+from qzo.stack import Stack, answer_scores, build_stack, exact_scores
 
 Batch = list[list[Any]]  # micro-batches of encoded examples, or of questions to write answers to
 
@@ -121,6 +127,8 @@ class Objective:
     def losses(self, probes: Sequence[Probe], batch: Batch) -> list[float]:
         """Return the loss at every probe, all probes of a micro-batch in one stacked forward.
 
+        Where a probe asks for its tangent, the slope of its loss along its direction instead.
+
         A micro-batch is the unit of work: its sums do not depend on which process computes them,
         and they are added in the order of the micro-batches.
         """
@@ -147,15 +155,80 @@ class Objective:
         return self._ranks.share(sizes, sums, means, len(probes))
 
     def _sums(self, probes: Sequence[Probe], micro_batch: list[Any], start: int) -> list[float]:
-        """Return each probe's sum of losses over the examples of a micro-batch that it covers."""
+        """Return each probe's sum of losses over the examples of a micro-batch that it covers.
+
+        Of slopes, for a probe that asks for its tangent.
+        """
         items = [
             micro_batch
             if probe.examples is None
             else micro_batch[max(probe.examples[0] - start, 0) : probe.examples[1] - start]
             for probe in probes
         ]
-        losses = iter(self._item_losses(probes, items))
-        return [sum(next(losses) for _ in examples) for examples in items]
+        sums = [0.0] * len(probes)
+        for is_tangent, measure in ((False, self._item_losses), (True, self._item_slopes)):
+            places = [i for i, probe in enumerate(probes) if probe.is_tangent is is_tangent]
+            if places:
+                values = iter(measure([probes[i] for i in places], [items[i] for i in places]))
+                for place in places:
+                    sums[place] = sum(next(values) for _ in items[place])
+        return sums
+
+    def gradient(self, batch: Batch, layers: Sequence[int]) -> tuple[float, Float[Tensor, " size"]]:
+        """Return the loss at the master, and its exact gradient by the values of some layers.
+
+        The graph starts at the first of these layers: what runs in front of it leaves nothing in
+        memory, and the backward ends there. See ``exact`` for what a layer keeps. The slopes of
+        the micro-batches are added in their order, in fp32.
+
+        Args:
+            batch: From ``batch``.
+            layers: Places of the layers in the trained vector, in order.
+        """
+        total, loss = None, 0.0
+        for micro_batch in batch:
+            part, slopes = self._gradient_sum(micro_batch, layers)
+            loss += part
+            total = slopes if total is None else total.add_(slopes)
+        assert total is not None
+        count = sum(map(len, batch))
+        return loss / count, total.div_(count)
+
+    def _gradient_sum(
+        self, examples: list[EncodedExample], layers: Sequence[int]
+    ) -> tuple[float, Float[Tensor, " size"]]:
+        stack = build_stack([examples], self._model.device, is_packed=can_pack(self._model))
+        with torch.enable_grad(), self._scales.differentiable(self._live, layers) as leaves:
+            losses = self._exact_losses(stack, examples)
+            slopes = torch.autograd.grad(losses.sum(), leaves)
+        return sum(losses.tolist()), torch.cat(slopes)
+
+    def _item_slopes(
+        self, probes: Sequence[Probe], items: Sequence[Sequence[EncodedExample]]
+    ) -> list[float]:
+        """Return how fast the losses change along the directions of the probes, exactly.
+
+        Attention runs by torch's own formula: its fused kernels have no forward derivative.
+        """
+        stack = build_stack(items, self._model.device, is_packed=can_pack(self._model))
+        examples = [example for part in items for example in part]
+        with torch.no_grad(), tangents(), sdpa_kernel(SDPBackend.MATH):
+            with self._scales.with_tangents(self._live, probes):
+                losses = self._exact_losses(stack, examples)
+            slopes = forward_ad.unpack_dual(losses).tangent
+        assert slopes is not None
+        return list(slopes.tolist())
+
+    def _exact_losses(
+        self, stack: Stack, examples: Sequence[EncodedExample]
+    ) -> Float[Tensor, " items"]:
+        scores = exact_scores(self._model, self._live, stack)
+        losses = [
+            (scores_of.logsumexp(0) if self._loss == "classification" else 0.0)
+            - scores_of[example.label]
+            for scores_of, example in zip(scores, examples, strict=True)
+        ]
+        return torch.stack(losses)
 
     def _item_losses(self, probes: Sequence[Probe], items: Sequence[Sequence[Any]]) -> list[float]:
         if self._judge is not None:

@@ -51,17 +51,24 @@ class DirectionalDerivative:
     basis: int = 0
 
 
-def forwards_of(probes: Sequence[Probe], num_examples: int) -> float:
+def forwards_of(probes: Sequence[Probe], num_examples: int, backward: float = 0.0) -> float:
     """Return what a step costs, in forwards of its whole batch.
 
-    A probe of the whole batch is 1, one of some examples their share.
+    A probe of the whole batch counts 1, one of some examples their share of the batch; a tangent
+    counts as much again. An exact gradient counts 1 for its forward, and its backward, which makes
+    two products for each product of the forward, 2 for the part of the model that it goes through.
 
     Args:
-        probes: Of one step.
-        num_examples: Of the batch, over all micro-batches.
+        probes: Of the step.
+        num_examples: Of the batch.
+        backward: The part of the model, from 0 to 1, that a backward goes through; 0 for none.
     """
-    covered = (probe.examples or (0, num_examples) for probe in probes)
-    return sum(stop - first for first, stop in covered) / num_examples
+    covered = sum(
+        (1 + probe.is_tangent)
+        * (probe.examples[1] - probe.examples[0] if probe.examples else num_examples)
+        for probe in probes
+    )
+    return covered / num_examples + (1 + 2 * backward if backward else 0.0)
 
 
 def direction_seed(run_seed: int, step: int, number: int) -> int:

@@ -12,9 +12,13 @@ from qzo.checkpoint import Checkpoint, open_checkpoint
 from qzo.directions import GENERATOR
 from qzo.errors import CheckpointError, ConfigError
 from qzo.files import new_folder
+from qzo.first_order import FirstOrder, first_order_of
+from qzo.gradients import NAME as GRADIENTS_NAME
+from qzo.gradients import Gradients
 from qzo.journal import (
     Fingerprint,
     Record,
+    Step,
     derivatives_of,
     direction_settings_of,
     header_basis_steps,
@@ -117,6 +121,7 @@ def apply_journal(
     *,
     from_step: int = 0,
     to_step: int | None = None,
+    first_order: FirstOrder | None = None,
 ) -> tuple[int, int]:
     """Move scales as the journal says, from ``from_step`` on.
 
@@ -126,6 +131,8 @@ def apply_journal(
         optimizer: As it was before ``from_step``.
         from_step: The first step to do.
         to_step: Stop before this step; the end of the journal unless given.
+        first_order: What exact gradients move, as it was before ``from_step``; as the header says,
+            at its start, unless given.
 
     Returns:
         The number of the next step, and how many fingerprints were checked.
@@ -136,6 +143,7 @@ def apply_journal(
     stretch_scales(scales, journal.header)
     header, step, checked = journal.header, from_step, 0
     basis_steps = header_basis_steps(header)
+    first_order = first_order or first_order_of(journal.header, scales)
     for record in journal.records():
         if record.step < from_step:
             continue
@@ -148,12 +156,33 @@ def apply_journal(
         derivatives = derivatives_of(record, header["seed"], basis_steps)
         optimizer.aim(scales)
         optimizer.step(scales, derivatives, record.learning_rate)
+        _apply_gradient(journal, record, scales, first_order)
         step = record.step + 1
     if to_step is not None and step != to_step:
         raise CheckpointError(
             f"{journal.path}: expected {to_step} steps, found {journal.next_step}"
         )
     return step, checked
+
+
+def _apply_gradient(
+    journal: Record, record: Step, scales: Scales, first_order: FirstOrder | None
+) -> None:
+    """Move the first-order part, if there is one and it moved.
+
+    Raises:
+        CheckpointError: The header and the step differ in whether there is one.
+    """
+    if (record.gradient is None) is not (first_order is None):
+        raise CheckpointError(
+            f"{journal.path}: step {record.step}: expected a gradient in every step where the "
+            "header has first_order, and in no other"
+        )
+    if first_order is None or record.gradient is None or record.gradient.loss is None:
+        return
+    gradients = Gradients(journal.path.with_name(GRADIENTS_NAME), first_order.size)
+    gradient = gradients.read(record.step).to(scales.values.device)
+    first_order.step(scales, gradient, record.gradient.learning_rate)
 
 
 def optimizer_of(header: Mapping[str, Any]) -> Optimizer:

@@ -15,6 +15,7 @@ from itertools import accumulate, pairwise
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from qzo.checkpoint import Checkpoint
 from qzo.coordinates import BY_FACTORS, Coordinates, crossing_message, num_values
@@ -68,6 +69,8 @@ class Scales:
             from the probes'.
         optimizer_stretch: A further factor of both, which the optimizer sets and changes.
         tilt: What the optimizer adds to directions before they are stretched.
+        still: Parts of the vector, from a first to before a last element, that directions leave
+            alone: something else moves them.
 
     Raises:
         ConfigError: Row coordinates on a layer whose blocks cross rows.
@@ -94,6 +97,7 @@ class Scales:
         self.update_stretch: Float[Tensor, " size"] | None = None
         self.optimizer_stretch: Float[Tensor, " size"] | None = None
         self.tilt: Tilt | None = None
+        self.still: Sequence[tuple[int, int]] = ()
         self._window: tuple[Sequence[Probe], int, int, Tensor] | None = None
         self.reset()
 
@@ -167,13 +171,57 @@ class Scales:
             live.effective = None
             self._window = None
 
+    @contextmanager
+    def with_tangents(self, live: Live, probes: Sequence[Probe]) -> Iterator[None]:
+        """Let the layers see the scales at the probes, with the directions as their tangents.
+
+        What a model computes in the block, inside ``exact.tangents``, carries its exact
+        slopes along the directions.
+        """
+
+        def dual(layer: int) -> Float[Tensor, "probes length"]:
+            start, stop = self._bounds[layer], self._bounds[layer + 1]
+            z = self.draw(probes, start, stop)
+            shifted = self._shifted_values(layer, probes).contiguous()
+            made: Tensor = forward_ad.make_dual(shifted, z)
+            return made
+
+        with self.shifted(live, probes):
+            live.effective = lambda layer: self._effective(layer, dual(layer))
+            yield
+
+    @contextmanager
+    def differentiable(
+        self, live: Live, layers: Sequence[int]
+    ) -> Iterator[list[Float[Tensor, " _"]]]:
+        """Let the layers see the scales at the master, those of some as leaves of autograd.
+
+        Yields:
+            The leaves: the trained values of the layers.
+        """
+        values = {
+            layer: self.values[self._bounds[layer] : self._bounds[layer + 1]].clone()
+            for layer in layers
+        }
+        leaves = {layer: part.requires_grad_() for layer, part in values.items()}
+
+        def at_master(layer: int) -> EffectiveScales:
+            start, stop = self._bounds[layer], self._bounds[layer + 1]
+            return self._effective(layer, leaves.get(layer, self.values[start:stop])[None])
+
+        with self.shifted(live, ()):
+            live.effective = at_master
+            yield list(leaves.values())
+
     def effective(self, layer: int, probes: Sequence[Probe]) -> EffectiveScales:
         """Return the effective scales of one layer at every probe."""
-        shifted = self._shifted_values(layer, probes)
+        return self._effective(layer, self._shifted_values(layer, probes))
+
+    def _effective(self, layer: int, shifted: Float[Tensor, "probes length"]) -> EffectiveScales:
         if self.coordinates in BY_FACTORS:
             return Multipliers(*self._factors(layer, shifted))
         stored = self._file_scales[layer].float()
-        by_group = [values.view(stored.shape) for values in shifted]
+        by_group = [values.view(stored.shape) for values in shifted.unbind()]
         if self.coordinates == "relative":
             by_group = [stored * values for values in by_group]
         return ProbeScales(by_group)
@@ -209,6 +257,10 @@ class Scales:
         for start in range(0, len(self), WINDOW):
             yield start, min(start + WINDOW, len(self))
 
+    def parts(self, layers: Sequence[int]) -> list[tuple[int, int]]:
+        """Return the bounds of the values of some layers."""
+        return [(self._bounds[layer], self._bounds[layer + 1]) for layer in layers]
+
     def mean_slope(
         self, derivatives: Sequence[DirectionalDerivative], start: int, stop: int
     ) -> Float[Tensor, " length"]:
@@ -233,9 +285,11 @@ class Scales:
     ) -> Float[Tensor, "keys length"]:
         """Return elements of one direction per key, before they are multiplied by anything."""
         z = self.law.draw(keys, start, stop, self.values.device)
-        if self.tilt is None:
-            return z
-        return z * self.tilt.across + self.tilt.axis[start:stop] * self.tilt.along
+        if self.tilt is not None:
+            z = z * self.tilt.across + self.tilt.axis[start:stop] * self.tilt.along
+        for first, last in self.still:
+            z[:, max(first - start, 0) : max(min(last, stop) - start, 0)] = 0
+        return z
 
     def stretched_for_step(
         self, slope: Float[Tensor, " length"], start: int, stop: int

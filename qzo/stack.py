@@ -213,28 +213,49 @@ def _count_below(columns: Sequence[int], bounds: Sequence[int]) -> tuple[int, ..
 
 def answer_scores(model: PreTrainedModel, live: Live, stack: Stack) -> list[list[float]]:
     """Return the mean log-probability per token (nats) of every candidate of every item."""
+    with torch.inference_mode():
+        logits = _answer_logits(model, live, stack)
+        values = iter(_log_probabilities(logits, stack.answers).tolist())
+    return [
+        [sum(next(values) for _ in a.columns) / len(a.columns) for a in item]
+        for item in stack.answers
+    ]
+
+
+def exact_scores(
+    model: PreTrainedModel, live: Live, stack: Stack
+) -> list[Float[Tensor, " candidates"]]:
+    """Return the same as tensors, in fp32, that autograd can trace or that carry tangents."""
+    logits = _answer_logits(model, live, stack)
+    flat = [answer for item in stack.answers for answer in item]
+    by_answer = _log_probabilities(logits, stack.answers).split([len(a.columns) for a in flat])
+    means = torch.stack([values.mean() for values in by_answer])
+    return list(means.split([len(item) for item in stack.answers]))
+
+
+def _answer_logits(
+    model: PreTrainedModel, live: Live, stack: Stack
+) -> Float[Tensor, "answers vocabulary"]:
     with ExitStack() as context:
-        context.enter_context(torch.inference_mode())
         context.enter_context(_forked(live, stack))
         context.enter_context(_head_sees(model, live, stack))
         if stack.front.attention is not None:
             context.enter_context(packed_attention(model, lambda: live.attention))
-        logits = model(
+        logits: Tensor = model(
             input_ids=stack.input_ids, position_ids=stack.position_ids, use_cache=False
         ).logits
-        return _mean_log_probabilities(logits[0], stack.answers)
+    return logits[0]
 
 
-def _mean_log_probabilities(
+def _log_probabilities(
     logits: Float[Tensor, "answers vocabulary"], items: Sequence[Sequence[Answer]]
-) -> list[list[float]]:
+) -> Float[Tensor, " targets"]:
+    """Return the log-probability of every target of every answer."""
     log_totals = torch.stack([row.float().logsumexp(-1) for row in logits])
     flat = [answer for item in items for answer in item]
     columns = [column for a in flat for column in a.columns]
     targets = [target for a in flat for target in a.targets]
-    chosen = logits[columns, targets].float() - log_totals[columns]
-    values = iter(chosen.tolist())
-    return [[sum(next(values) for _ in a.columns) / len(a.columns) for a in item] for item in items]
+    return logits[columns, targets].float() - log_totals[columns]
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
 
@@ -37,16 +38,20 @@ from qzo.estimators import Estimator
 from qzo.evaluate import Evaluation, evaluate
 from qzo.examples import ExampleSet, from_encoded, from_records
 from qzo.files import locked, new_folder, remove
+from qzo.first_order import FirstOrder, first_order_of
 from qzo.generation import Generator
+from qzo.gradients import NAME as GRADIENTS_NAME
+from qzo.gradients import Gradients
+from qzo.hybrid import PROFILE_FORWARDS, first_order_header, write_importance
 from qzo.interrupts import stop_signals
-from qzo.journal import Fingerprint, Journal, Step
+from qzo.journal import Fingerprint, GradientNote, Journal, Step
 from qzo.layer_scaling import factors_of, gradient_norms, relative_sizes, stretch_scales, stretches
 from qzo.linear import Live
 from qzo.metrics import CLOSING_KEY, Metrics, Window
-from qzo.model import trained_layers
-from qzo.objective import Objective
+from qzo.model import decoder_blocks, trained_layers
+from qzo.objective import Batch, Objective
 from qzo.optimizers import make_optimizer
-from qzo.probes import Probe
+from qzo.probes import DirectionalDerivative, Probe, forwards_of
 from qzo.ranks import Ranks, Wish
 from qzo.replay import adapter_config, apply_journal, check_fingerprint
 from qzo.rewards import WRITTEN, ObjectiveName, RewardFunction, check_objective, reward_name
@@ -57,6 +62,7 @@ from qzo.wrap import checkpoint_of, tokenizer_of
 
 FINGERPRINT_STEPS = 100
 _AT_MASTER = (Probe(seed=0, offset=0.0),)
+_FIRST_ORDER_PREFIX = "first_order."  # of what its rule remembers, in a snapshot
 
 
 @dataclass(frozen=True)
@@ -115,7 +121,8 @@ class Trainer:
         reward: The function of objective ``reward``: of prompt, output and example.
 
     Raises:
-        ConfigError: There is a memory limit, and the model was loaded without.
+        ConfigError: There is a memory limit, and the model was loaded without; or there are several
+            processes or streaming blocks, and exact derivatives.
     """
 
     def __init__(
@@ -136,6 +143,7 @@ class Trainer:
             )
         self.model, self.config, self.tokenizer = model.eval(), config, tokenizer
         self._ranks = ranks or Ranks.join(model.device)
+        _check_exact(model, config, self._ranks)
         self.folder = Path(config.output_dir)
         layers = trained_layers(model, config.zo.num_blocks, config.zo.modules)
         self._live: Live = layers[0].live
@@ -192,9 +200,11 @@ class Trainer:
         _ = self.checkpoint.digests  # for the header; they need not be there before the first step
         journal = open_journal(config, self._header, ranks)
         self._journal = journal
+        self._choose_first_order(journal)
         self._restore(journal)
         if ranks.is_first:
             self.metrics = Metrics(self.folder / "metrics.jsonl", journal.next_step)
+            self._forwards = self.metrics.forwards or self._profile_forwards()
         self._window, skipped, skipped_in_a_row = Window(), 0, 0
         self._steps = journal.next_step
         self._events.tell("train_begin", journal.next_step)
@@ -206,9 +216,10 @@ class Trainer:
             self._events.tell("step_begin", step)
             batch = self.objective.batch(step)
             self.optimizer.aim(scales)
-            probes = estimator.ask(step)
+            probes = self._ask(step)
             losses = self.objective.losses(probes, batch)
-            derivatives = estimator.tell(probes, losses)
+            derivatives = estimator.tell(probes, losses) if probes else []
+            gradient, note = self._exact_gradient(step, batch)
             rate = self._learning_rate(step)
             if config.zo.optimizer == "conservative":
                 tried = candidates(derivatives[0], rate)
@@ -216,21 +227,24 @@ class Trainer:
                 derivatives = [choose(derivatives[0], tried_losses)]
                 losses = [*losses, *tried_losses]
             if ranks.is_first:
-                begin(journal, config)
-                journal.append(step, losses, derivatives, rate)
+                self._begin(journal)
+                if gradient is not None:
+                    self._gradients.append(step, gradient)
+                journal.append(step, losses, derivatives, rate, note)
             usable = [d for d in derivatives if math.isfinite(d.value)]
             self.optimizer.step(scales, usable, rate)
+            is_moved = self._step_first_order(gradient, note) or bool(usable)
             self._steps = step + 1
 
-            skipped += not usable
-            skipped_in_a_row = 0 if usable else skipped_in_a_row + 1
+            skipped += not is_moved
+            skipped_in_a_row = 0 if is_moved else skipped_in_a_row + 1
             if skipped_in_a_row >= config.zo.max_skipped_steps:
                 raise DivergedError(
                     f"{self._measured}: expected finite values, got none in {skipped_in_a_row} "
                     f"steps in a row up to step {step}; lower learning_rate or zo.epsilon. The "
                     "journal and the scales are intact"
                 )
-            self._window.add(losses, derivatives)
+            self._note(probes, losses, derivatives, note)
             self._events.tell("step_end", step + 1)
             self._after_step(journal, step + 1, time.monotonic() - started)
             if self._events.wants_stop:
@@ -312,7 +326,81 @@ class Trainer:
         if self._ranks.size > 1:  # they have it before any of them knows whether a run goes on
             self._stretch()
         sets = (self.train_set, self.eval_set)
-        return header_of(self.config, self.checkpoint, self.scales, *sets, self._stretches)
+        header = header_of(self.config, self.checkpoint, self.scales, *sets, self._stretches)
+        part = self._first_order_header
+        return header if part is None else {**header, "first_order": part}
+
+    _first_order_header: dict[str, Any] | None = None  # known once the journal was looked for
+    _forwards = 0.0  # of a batch, up to now
+
+    def _choose_first_order(self, journal: Journal) -> None:
+        """Choose what exact gradients move: as the journal says where there is one."""
+        self.scales.reset()
+        self.scales.still = ()
+        self._first_order_header = (
+            journal.header.get("first_order")
+            if journal.is_on_disk
+            else first_order_header(self.config.zo, self.model, self.scales, self.objective)
+        )
+        header = {"first_order": self._first_order_header}
+        self._first_order: FirstOrder | None = first_order_of(header, self.scales)
+        if self._first_order is not None:
+            self._gradients = Gradients(self.folder / GRADIENTS_NAME, self._first_order.size)
+
+    def _begin(self, journal: Journal) -> None:
+        begin(journal, self.config)
+        part = self._first_order_header
+        if part is not None and write_importance(self.folder, part):
+            names = ("num_blocks", "importance")
+            self.metrics.append({"step": 0, **{f"first_order_{k}": part[k] for k in names}})
+
+    def _ask(self, step: int) -> list[Probe]:
+        """Return the probes of a step: none where exact gradients move everything."""
+        part = self._first_order
+        has_probes = part is None or part.size < len(self.scales)
+        return self.estimator.ask(step) if has_probes else []
+
+    def _exact_gradient(self, step: int, batch: Batch) -> tuple[Tensor | None, GradientNote | None]:
+        """Return the gradient of the first-order part and what the journal says of it.
+
+        Where loss or gradient are not finite, there are zeros instead, and no loss.
+        """
+        if self._first_order is None:
+            return None, None
+        loss, gradient = self.objective.gradient(batch, self._first_order.layers)
+        rate = self._learning_rate(step, self.config.zo.first_order_rate)
+        if not math.isfinite(loss) or not bool(gradient.isfinite().all()):
+            return torch.zeros_like(gradient), GradientNote(None, rate)
+        return gradient, GradientNote(loss, rate)
+
+    def _step_first_order(self, gradient: Tensor | None, note: GradientNote | None) -> bool:
+        """Move the first-order part; return whether it moved."""
+        if self._first_order is None or gradient is None or note is None or note.loss is None:
+            return False
+        self._first_order.step(self.scales, gradient, note.learning_rate)
+        return True
+
+    def _note(
+        self,
+        probes: Sequence[Probe],
+        losses: Sequence[float],
+        derivatives: Sequence[DirectionalDerivative],
+        note: GradientNote | None,
+    ) -> None:
+        """Take a step into the averages, and count its forwards."""
+        pairs = zip(probes, losses, strict=True)
+        shown = [loss for probe, loss in pairs if not probe.is_tangent]
+        if note is not None and note.loss is not None:
+            shown.append(note.loss)
+        self._window.add(shown, derivatives)
+        config, part = self.config, self._first_order_header
+        num_examples = config.per_device_train_batch_size * config.gradient_accumulation_steps
+        backward = 0.0 if part is None else part["num_blocks"] / len(decoder_blocks(self.model))
+        self._forwards += forwards_of(probes, num_examples, backward)
+
+    def _profile_forwards(self) -> float:
+        part = self._first_order_header
+        return 0.0 if part is None or part.get("importance") is None else PROFILE_FORWARDS
 
     def _stretch(self) -> dict[str, list[float]] | None:
         """Return the factors of directions by layer, measured once, at the start."""
@@ -343,6 +431,8 @@ class Trainer:
         """
         self.scales.reset()
         self.optimizer.restore({})
+        if self._first_order is not None:
+            self._first_order.restore({})
         if not journal.is_on_disk:
             stretch_scales(self.scales, {"stretch": self._stretch()})
             return
@@ -354,12 +444,24 @@ class Trainer:
                 check_fingerprint(Fingerprint(snapshot.step, snapshot.fingerprint), self.scales)
                 start = snapshot.step
                 break
-        apply_journal(journal, self.scales, self.optimizer, from_step=start)
+        apply_journal(
+            journal,
+            self.scales,
+            self.optimizer,
+            from_step=start,
+            first_order=self._first_order,
+        )
 
     def _take(self, snapshot: Snapshot) -> None:
         device = self.scales.values.device
         self.scales.restore(snapshot.values)
-        self.optimizer.restore({k: t.to(device) for k, t in snapshot.optimizer.items()})
+        state = {key: tensor.to(device) for key, tensor in snapshot.optimizer.items()}
+        prefix = _FIRST_ORDER_PREFIX
+        self.optimizer.restore({k: t for k, t in state.items() if not k.startswith(prefix)})
+        if self._first_order is not None:
+            self._first_order.restore(
+                {k.removeprefix(prefix): t for k, t in state.items() if k.startswith(prefix)}
+            )
 
     def _catch_up(self, journal: Journal) -> None:
         """Do what the end of an earlier call left undone after its last step."""
@@ -368,9 +470,10 @@ class Trainer:
         for record in journal.records() if self._ranks.is_first else ():
             if isinstance(record, Step) and record.step >= self.metrics.logged_step:
                 losses = [math.nan if loss is None else loss for loss in record.losses]
-                probes = self.estimator.ask(record.step)  # more losses: of conservative candidates
-                derivatives = self.estimator.tell(probes, losses[: len(probes)])
-                self._window.add(losses, derivatives)
+                probes = self._ask(record.step)  # more losses: of conservative candidates
+                own = losses[: len(probes)]
+                derivatives = self.estimator.tell(probes, own) if probes else []
+                self._note(probes, losses, derivatives, record.gradient)
         self._after_step(journal, journal.next_step, 0.0)
 
     def _after_step(self, journal: Journal, step: int, seconds: float) -> None:
@@ -413,15 +516,16 @@ class Trainer:
         if self.config.objective != "loss" and numbers["loss"] is not None:
             numbers["reward"] = 0.0 - numbers["loss"]  # no negative zero
         numbers["learning_rate"] = self._learning_rate(step - 1)
-        line = {"step": step, **numbers, "seconds": seconds}
+        line = {"step": step, **numbers, "forwards": self._forwards, "seconds": seconds}
         self.metrics.append(line)
         self._events.tell("log", step, logs=line)
 
-    def _learning_rate(self, step: int) -> float:
+    def _learning_rate(self, step: int, highest: float | None = None) -> float:
+        """Return the rate of a step; the recipe's unless ``highest`` says where it starts."""
         config = self.config
         return learning_rate(
             config.lr_scheduler_type,
-            config.learning_rate,
+            config.learning_rate if highest is None else highest,
             step,
             max_steps=config.max_steps,
             warmup_steps=config.warmup_steps,
@@ -437,7 +541,7 @@ class Trainer:
         result = self.evaluate()
         if not is_first:
             return result
-        begin(self._journal, self.config)
+        self._begin(self._journal)
         best = self.metrics.best(by_reward=result.reward is not None)
         cost = result.loss if result.reward is None else -result.reward
         if best is None or cost < best[1]:  # before it is noted: a stop repeats both
@@ -458,8 +562,11 @@ class Trainer:
         self._events.tell("save", step)
 
     def _snapshot(self, folder: Path, step: int) -> None:
-        scales = self.scales
-        state = Snapshot(step, scales.values, self.optimizer.state(), scales.fingerprint())
+        scales, part = self.scales, self._first_order
+        exact = {} if part is None else part.state()
+        remembered = {_FIRST_ORDER_PREFIX + key: tensor for key, tensor in exact.items()}
+        remembered |= self.optimizer.state()
+        state = Snapshot(step, scales.values, remembered, scales.fingerprint())
         remove(folder)
         with new_folder(folder) as partial:
             save_snapshot(partial, state)
@@ -521,6 +628,26 @@ class Trainer:
         write_reference(self.folder, self._reference, loss)
         save_adapter(self.folder, tensors, adapter_config(journal.header, self.checkpoint, step))
         apply_adapter(self.model, self.checkpoint, open_adapter(self.folder))
+
+
+def _check_exact(model: PreTrainedModel, config: Recipe, ranks: Ranks) -> None:
+    """Refuse what exact derivatives cannot go with.
+
+    Raises:
+        ConfigError: There is such a thing.
+    """
+    zo = config.zo
+    if zo.has_first_order and ranks.size > 1:
+        raise ConfigError(
+            f"zo.first_order_blocks: expected one process, got {ranks.size}: exact gradients are "
+            "not summed over processes; run without torchrun, or without first-order blocks"
+        )
+    is_exact = zo.has_first_order or zo.estimator == "forward_gradient"
+    if is_exact and getattr(model, "qzo_budget", None) is not None:
+        raise ConfigError(
+            "memory: expected a model that fits with exact derivatives, got one that streams its "
+            "blocks; choose zo.first_order_blocks: 0 and another zo.estimator, or a smaller model"
+        )
 
 
 def make_estimator(config: Recipe) -> Estimator:

@@ -544,14 +544,16 @@ EXAMPLES: dict[str, dict[str, Any]] = {
         **{"title": "t", "context": "it rains", "question": "does it"},
         "answers": {"text": ["it rains", "rains"]},
     },
+    "trec": {"question": "where is it", "label": 4},
+    "e2e": {"mr": "name[it]", "ref": "It is it."},
 }
 
 
 @pytest.mark.parametrize("name", sorted(EXAMPLES))
 def test_examples_of_a_task_can_be_written_and_read_again(name: str, tmp_path: Path) -> None:
     task = TASKS[name](None)
-    once = task.source.read_file(write_lines(tmp_path / "once.jsonl", [EXAMPLES[name]]))
+    once = task.source.read_file(write_lines(tmp_path / "once.jsonl", [EXAMPLES[name]]), "train")
 
-    again = task.source.read_file(write_lines(tmp_path / "again.jsonl", once))
+    again = task.source.read_file(write_lines(tmp_path / "again.jsonl", once), "train")
 
     assert again == once

@@ -8,12 +8,13 @@ from support.models import ARCHITECTURES, tiny_model
 from support.runs import VARIANT, loaded, tiny_checkpoint, write_tokenizer
 
 import qzo
+from qzo.coordinates import Coordinates
 from qzo.errors import ConfigError
 from qzo.generation import Generator, generate
 from qzo.linear import Live
 from qzo.model import load_tokenizer, trained_layers
 from qzo.probes import Probe
-from qzo.scales import Coordinates, Scales
+from qzo.scales import Scales
 
 PROMPTS = ["a fine film", "x:", "say 12345 and then", "q"]
 PROBES = [Probe(5, 0.2), Probe(5, -0.2), Probe(9, 0.2)]

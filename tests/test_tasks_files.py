@@ -155,9 +155,12 @@ def test_read_set_keeps_the_rows_of_a_file_to_train_on_and_joins_them_to_evaluat
         common: dict[str, Any] = {"tokenizer": tokenizer, "max_length": 200}
         return read_set(task="e2e", data=str(path), split=split, **common, **options)
 
-    assert read("train").task_examples == E2E_TRAIN_ROWS
-    assert read("validation").task_examples == E2E_ROWS
-    assert read("validation", num_examples=1).task_examples == E2E_ROWS[:1]
+    def asked(split: str, **options: Any) -> list[Any]:
+        return [question.example for question in read(split, **options).questions]
+
+    assert asked("train") == E2E_TRAIN_ROWS
+    assert asked("validation") == E2E_ROWS
+    assert asked("validation", num_examples=1) == E2E_ROWS[:1]
     assert len(read("train").examples) == 3
     (prompted,) = read("train").examples[0].rows
     (bare,) = read("train", is_prompted=False).examples[0].rows

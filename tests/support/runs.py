@@ -127,7 +127,9 @@ def dense_equal(
         variant: What the checkpoint is like.
     """
     tensors = load_file(base / "model.safetensors")
-    model = tiny_model()
+    model = tiny_model(
+        num_layers=json.loads((base / "config.json").read_text())["num_hidden_layers"]
+    )
     layers = block_linears(model)
     state = {key: tensor.float() for key, tensor in tensors.items() if _layer_of(key) not in layers}
     for name, linear in layers.items():
