@@ -381,8 +381,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"methods": {"a": {"grid": {"zo.optimizer": ["sgd", "best"]}}}},
-        "films, a, zo.optimizer=best: zo.optimizer: expected 'sgd', 'sign', 'momentum' or 'adam', "
-        "got 'best'",
+        "films, a, zo.optimizer=best: zo.optimizer: expected 'sgd', 'sign', 'momentum', 'adam', "
+        "'meazo', 'hizoo', 'conmezo', 'conservative' or 'lozo_momentum', got 'best'",
     ),
 ]
 
@@ -544,7 +544,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
         **{"title": "t", "context": "it rains", "question": "does it"},
         "answers": {"text": ["it rains", "rains"]},
     },
-    "trec": {"question": "where is it", "label": 4},
+    "trec": {"text": "where is it", "coarse_label": 4},
     "e2e": {"mr": "name[it]", "ref": "It is it."},
 }
 

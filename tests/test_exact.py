@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from quantizers import gptq, nf4
 from qzo import linear, mapped
 from qzo.exact import is_differentiated, tangents
-from qzo.linear import EffectiveScales, Live, ProbeScales, QuantLinear, RowMultipliers
+from qzo.linear import EffectiveScales, Live, Multipliers, ProbeScales, QuantLinear
 from qzo.mapped import MappedLinear
 
 IN, OUT = 96, 64
@@ -132,7 +132,7 @@ def test_slopes_by_row_multipliers_are_those_of_dense_products(name: str) -> Non
     weight = dense(layer.quantized.scales.float())
     factors = (1 + 0.2 * normal(4, OUT, seed=4)).requires_grad_()
     x, slope = normal(9, IN).requires_grad_(), normal(9, OUT, seed=2)
-    see(layer, RowMultipliers(factors))
+    see(layer, Multipliers(factors))
 
     got_x, got = torch.autograd.grad((layer(x) * slope).sum(), [x, factors])
 
@@ -179,7 +179,7 @@ def test_a_tangent_is_the_slopes_along_it(name: str, kind: str) -> None:
 def effective(kind: str, tensors: Sequence[Tensor]) -> EffectiveScales | None:
     if kind == "file":
         return None
-    return ProbeScales(tensors) if kind == "scales" else RowMultipliers(tensors[0])
+    return ProbeScales(tensors) if kind == "scales" else Multipliers(tensors[0])
 
 
 @every_kind

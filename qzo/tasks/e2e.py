@@ -69,10 +69,13 @@ class E2E:
 
 
 def _parse(record: Record) -> Example:
-    text = text_column(record, "ref", "human_reference")
-    if not text.strip():
-        raise DataError(f"ref: expected some text, got {text!r}; fill it or remove the row")
-    return {"mr": text_column(record, "mr", "meaning_representation"), "refs": (text,)}
+    refs = record.get("refs")
+    if not (isinstance(refs, list | tuple) and refs and all(isinstance(r, str) for r in refs)):
+        refs = (text_column(record, "ref", "human_reference"),)
+    for text in refs:
+        if not text.strip():
+            raise DataError(f"ref: expected some text, got {text!r}; fill it or remove the row")
+    return {"mr": text_column(record, "mr", "meaning_representation"), "refs": tuple(refs)}
 
 
 def _group(examples: list[Example]) -> list[Example]:

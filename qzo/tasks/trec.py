@@ -101,5 +101,7 @@ def _parse(record: Record) -> Example:
     spellings = [[word, str(label)] for label, word in enumerate(_WORDS)]
     return {
         "text": text_column(record, "text"),
-        "label": label_column(record, *spellings, name="coarse_label"),
+        "label": label_column(
+            record, *spellings, name="label" if "label" in record else "coarse_label"
+        ),
     }
