@@ -70,6 +70,12 @@ class ZOConfig(BaseModel):
     adam_beta2: Float = Field(default=0.999, ge=0, lt=1)
     adam_epsilon: Float = Field(default=1e-8, gt=0, lt=1)
     max_skipped_steps: Int = Field(default=10, ge=1)
+    tuned: Literal["scales", "lora"] = "scales"  # lora: the scales stay as they are in the file
+    unquantized: list[Literal["norms", "biases", "head"]] = []  # trained besides the scales
+    unquantized_factor: Float = Field(default=1.0, gt=0)  # of their directions: step factor**2
+    lora_rank: Int = Field(default=8, ge=1)
+    lora_alpha: Float = Field(default=16, gt=0)
+    lora_modules: list[str] = ["q_proj", "v_proj"]  # layers whose names hold one of these
 
     @property
     def optimizer_settings(self) -> dict[str, float]:
@@ -132,6 +138,8 @@ _LEARNING_RATES = {
     ("spsa", "row"): 3e-3,
     ("spsa", "relative"): 1e-3,
     ("spsa", "absolute"): 1e-7,
+    ("per_example", "lora"): 1e-2,
+    ("spsa", "lora"): 1e-4,  # MeZO, arXiv 2305.17333, appendix D.3
 }
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -199,7 +207,9 @@ def recipe(values: Mapping[str, Any]) -> Recipe:
         raise ConfigError(f"zo: expected keys and values, got {type(zo).__name__}")
     defaults = PRESETS[preset]
     zo = {**defaults.get("zo", {}), **zo}
-    kind = (zo.get("estimator", "per_example"), zo.get("coordinates", "row"))
+    tuned = zo.get("tuned", "scales")
+    place = zo.get("coordinates", "row") if tuned == "scales" else tuned
+    kind = (zo.get("estimator", "per_example"), place)
     rate = next((rate for key, rate in _LEARNING_RATES.items() if key == kind), 5e-2)
     merged = {"learning_rate": rate, **defaults, **values, "zo": zo}
     try:
@@ -263,3 +273,15 @@ def _check_together(values: Recipe) -> None:
             "zo.num_directions: expected 1 with 'per_example', which has one direction per "
             f"example, got {values.zo.num_directions}"
         )
+    _check_tuned(values.zo)
+
+
+def _check_tuned(zo: ZOConfig) -> None:
+    if zo.tuned == "scales":
+        return
+    for key in ("unquantized", "modules"):
+        if getattr(zo, key):
+            raise ConfigError(
+                f"zo.{key}: expected none with zo.tuned {zo.tuned!r}, got {getattr(zo, key)}; "
+                "it goes with 'scales'" + "; use zo.lora_modules" * (key == "modules")
+            )

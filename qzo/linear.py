@@ -11,6 +11,7 @@ from itertools import pairwise
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from quantizers.weight import QuantizedWeight
 from qzo.attention import PackedRows
@@ -66,6 +67,8 @@ class Live:
         bounds: Tokens of probe ``p`` are ``bounds[p]`` to ``bounds[p + 1]``; None: one probe.
         attention: Which tokens see which, or None: the rows of the batch as they are.
         forked: The decoder blocks whose tokens are repeated once per probe; see ``stack``.
+        sections: Gives what is trained besides scales by its place: a set of values per probe.
+        hooks: Of modules that see ``sections`` or an adapter, by who put them there.
     """
 
     effective: Callable[[int], EffectiveScales] | None = None
@@ -73,6 +76,14 @@ class Live:
     attention: PackedRows | None = None
     forked: Sequence[nn.Module] = ()
     buffers: dict[str, Tensor] = field(default_factory=dict)
+    sections: Callable[[int], Float[Tensor, "probes ..."]] | None = None
+    hooks: dict[str, Sequence[RemovableHandle]] = field(default_factory=dict)
+
+    def renew_hooks(self, owner: str, hooks: Sequence[RemovableHandle]) -> None:
+        """Keep the hooks of an owner and remove those that it had before."""
+        for hook in self.hooks.get(owner, ()):
+            hook.remove()
+        self.hooks[owner] = hooks
 
     def buffer(self, name: str, count: int, device: torch.device) -> Float[Tensor, " n"]:
         """Return a scratch buffer that all layers share."""
@@ -130,7 +141,7 @@ class QuantLinear(nn.Module):
     def _product(self, x: Float[Tensor, "tokens in"]) -> Float[Tensor, "tokens out"]:
         effective = self._effective()
         num_probes = 1 if effective is None else effective.num_probes
-        bounds = self._bounds(len(x), num_probes)
+        bounds = token_bounds(self.name, self.live, len(x), num_probes)
         if isinstance(effective, Multipliers) and effective.columns is not None:
             x = x.clone()
             _multiply(x, effective.columns[:, self.quantized.input_groups], bounds)
@@ -170,23 +181,6 @@ class QuantLinear(nn.Module):
             return self.live.effective(self.index) if self.index >= 0 else None
         return None if self.tuned is None else ProbeScales([self.tuned.float()])
 
-    def _bounds(self, num_tokens: int, num_probes: int) -> Sequence[int]:
-        """Return the bounds of the probes.
-
-        Raises:
-            CheckpointError: Nothing says which token belongs to which probe.
-        """
-        if num_probes == 1:
-            return (0, num_tokens)
-        bounds = self.live.bounds
-        if bounds is None or len(bounds) != num_probes + 1 or bounds[-1] != num_tokens:
-            expected = "one probe" if bounds is None else f"{bounds[-1]} tokens"
-            raise CheckpointError(
-                f"{self.name}: expected {expected} of {num_probes} probes, got {num_tokens}; a "
-                "layer that sees only some tokens, as in a mixture of experts, cannot be trained"
-            )
-        return bounds
-
     def _file_product(
         self, x: Float[Tensor, "tokens in"], rows: slice, y: Float[Tensor, "tokens out"]
     ) -> None:
@@ -216,6 +210,24 @@ class QuantLinear(nn.Module):
         step = max(TILE_ELEMENTS // self.in_features // _TILE_STEP, 1) * _TILE_STEP
         for start in range(0, self.out_features, step):
             yield slice(start, min(start + step, self.out_features))
+
+
+def token_bounds(name: str, live: Live, num_tokens: int, num_probes: int) -> Sequence[int]:
+    """Return where each probe begins among the tokens that a module sees, and the end.
+
+    Raises:
+        CheckpointError: Nothing says which token belongs to which probe.
+    """
+    if num_probes == 1:
+        return (0, num_tokens)
+    bounds = live.bounds
+    if bounds is None or len(bounds) != num_probes + 1 or bounds[-1] != num_tokens:
+        expected = "one probe" if bounds is None else f"{bounds[-1]} tokens"
+        raise CheckpointError(
+            f"{name}: expected {expected} of {num_probes} probes, got {num_tokens}; a "
+            "layer that sees only some tokens, as in a mixture of experts, cannot be trained"
+        )
+    return bounds
 
 
 def _multiply(

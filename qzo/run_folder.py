@@ -1,7 +1,7 @@
 """The files of a run folder besides the scales: header, recipe, reference loss."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ import torch
 import transformers
 import yaml
 
+from qzo.adapter import unquantized_sha256
 from qzo.checkpoint import Checkpoint
 from qzo.config import Recipe
 from qzo.directions import GENERATOR
@@ -21,6 +22,7 @@ from qzo.journal import NAME as JOURNAL_NAME
 from qzo.journal import Journal
 from qzo.ranks import Ranks
 from qzo.scales import Scales
+from qzo.sections import Section
 from qzo.version import __version__
 
 REFERENCE_NAME = "reference.json"
@@ -50,6 +52,7 @@ def header_of(
         "eval_data_sha256": None if eval_set is None else eval_set.sha256(),
         "layers": scales.names,
         "num_values": len(scales),
+        **_sections(checkpoint, scales.sections),
         "coordinates": config.zo.coordinates,
         "direction": config.zo.direction,
         "optimizer": config.zo.optimizer,
@@ -57,6 +60,13 @@ def header_of(
         "seed": config.seed,
         "recipe": config.model_dump(mode="json"),
     }
+
+
+def _sections(checkpoint: Checkpoint, sections: Sequence[Section]) -> dict[str, Any]:
+    if not sections:
+        return {}
+    digest = unquantized_sha256(checkpoint, sections)
+    return {"sections": [s.to_dict() for s in sections], "unquantized_sha256": digest}
 
 
 # Keys that may change when a run continues: they do not change the numbers.
@@ -75,6 +85,7 @@ _COMPARED = {
     "scales_sha256": "model: scales_sha256 of the base differs from",
     "data_sha256": "data: the digest of the training examples differs from",
     "generator": "qzo_version: the generator of directions differs from",
+    "unquantized_sha256": "model: unquantized_sha256 of the base differs from",
 }
 
 
@@ -161,7 +172,7 @@ def _check_same(
     whose: str,
 ) -> None:
     for key, message in compared.items():
-        if old.get(key) != new[key]:
+        if old.get(key) != new.get(key):
             raise CheckpointError(f"{message} that of {whose}")
     for key, want, got in _differing(old["recipe"], new["recipe"], free):
         raise ConfigError(f"{key}: expected {want!r} as in {whose}, got {got!r}")

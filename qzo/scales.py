@@ -4,6 +4,8 @@
 
 A probe evaluates at ``v + offset * z(seed)``. That sum is made for the layer at hand and thrown
 away: the master is never perturbed, so nothing has to be restored.
+
+Behind the values of the layers lie the sections of what else is trained (``sections``).
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,6 +23,7 @@ from qzo.directions import DirectionName, combine, directions
 from qzo.errors import CheckpointError, ConfigError
 from qzo.linear import EffectiveScales, Live, Multipliers, ProbeScales, QuantLinear
 from qzo.probes import DirectionalDerivative, Probe
+from qzo.sections import Section
 from qzo.tensor_files import tensor_bytes
 
 # Elements of a direction, and of a shifted vector per probe, that exist at one time; more where one
@@ -36,6 +39,8 @@ class Scales:
         file_scales: Their scales as stored, ``(out, groups)`` each; kept, not copied.
         coordinates: How the vector becomes effective scales.
         direction: Distribution of the directions.
+        sections: What else is trained.
+        device: Where the master lies if no layer says so.
 
     Attributes:
         values: The fp32 master.
@@ -53,16 +58,21 @@ class Scales:
         *,
         coordinates: Coordinates,
         direction: DirectionName,
+        sections: Sequence[Section] = (),
+        device: torch.device | str = "cpu",
     ) -> None:
         self.names = list(names)
+        self.sections = tuple(sections)
         self.coordinates = coordinates
         self.direction: DirectionName = direction
         self._file_scales = list(file_scales)
-        self._bounds = [0, *accumulate(num_values(coordinates, *s.shape) for s in file_scales)]
-        device = file_scales[0].device
+        sizes = [num_values(coordinates, *stored.shape) for stored in file_scales]
+        self._bounds = [0, *accumulate([*sizes, *(section.size for section in sections)])]
+        device = file_scales[0].device if file_scales else device
         self.values = torch.empty(self._bounds[-1], dtype=torch.float32, device=device)
         self.stretch: Float[Tensor, " size"] | None = None
-        self._window: tuple[Sequence[Probe], int, int, Tensor] | None = None
+        # One of the layers and one of the sections: a forward pass goes through both side by side.
+        self._windows: dict[bool, tuple[Sequence[Probe], int, int, Tensor]] = {}
         self.reset()
 
     @classmethod
@@ -73,6 +83,7 @@ class Scales:
         *,
         coordinates: Coordinates,
         direction: DirectionName,
+        sections: Sequence[Section] = (),
     ) -> "Scales":
         """Read the scales of some layers of a checkpoint, without a model."""
         weights = [checkpoint.weight(layer) for layer in names]
@@ -82,6 +93,7 @@ class Scales:
             [weight.scales for weight in weights],
             coordinates=coordinates,
             direction=direction,
+            sections=sections,
         )
 
     @classmethod
@@ -91,6 +103,8 @@ class Scales:
         *,
         coordinates: Coordinates,
         direction: DirectionName,
+        sections: Sequence[Section] = (),
+        device: torch.device | str = "cpu",
     ) -> "Scales":
         """Take over the scales of a model's layers and number the layers."""
         names = [layer.name for layer in layers]
@@ -103,6 +117,8 @@ class Scales:
             [weight.scales for weight in weights],
             coordinates=coordinates,
             direction=direction,
+            sections=sections,
+            device=device,
         )
 
     def __len__(self) -> int:
@@ -113,12 +129,13 @@ class Scales:
     def shifted(self, live: Live, probes: Sequence[Probe]) -> Iterator[None]:
         """Let the layers see the scales at the probes while the block runs."""
         live.effective = lambda layer: self.effective(layer, probes)
-        self._window = None
+        live.sections = lambda number: self.section(number, probes)
+        self._windows.clear()
         try:
             yield
         finally:
-            live.effective = None
-            self._window = None
+            live.effective = live.sections = None
+            self._windows.clear()
 
     def effective(self, layer: int, probes: Sequence[Probe]) -> EffectiveScales:
         """Return the effective scales of one layer at every probe."""
@@ -141,6 +158,18 @@ class Scales:
             return stored if columns is None else stored * columns
         by_group = values.view(stored.shape)
         return stored * by_group if self.coordinates == "relative" else by_group.clone()
+
+    def section(self, number: int, probes: Sequence[Probe]) -> Float[Tensor, "probes ..."]:
+        """Return the values of one section at every probe, times their unit."""
+        section = self.sections[number]
+        values = self._shifted_values(len(self.names) + number, probes)
+        shaped = values.view(len(probes), *section.shape)
+        return shaped if section.unit == 1 else shaped * section.unit
+
+    def tuned_section(self, number: int) -> Float[Tensor, "..."]:
+        """Return the values of one section at the master."""
+        start, stop = self._bounds[len(self.names) + number :][:2]
+        return self.values[start:stop].view(self.sections[number].shape)
 
     def _factors(
         self, layer: int, values: Float[Tensor, "probes length"]
@@ -171,13 +200,25 @@ class Scales:
         """Return elements of one direction per key, as probes move along it."""
         seeds = [key.seed for key in keys]
         z = directions(self.direction, seeds, start, stop, self.values.device)
-        return z if self.stretch is None else z * self.stretch[start:stop]
+        z = z if self.stretch is None else z * self.stretch[start:stop]
+        return self._by_section(z, start, stop)
+
+    def _by_section(
+        self, z: Float[Tensor, "keys length"], start: int, stop: int
+    ) -> Float[Tensor, "keys length"]:
+        """Multiply what lies in the sections by their factors; ``z`` is modified."""
+        for number, section in enumerate(self.sections):
+            first, last = self._bounds[len(self.names) + number :][:2]
+            if section.factor != 1 and first < stop and start < last:
+                z[:, max(first - start, 0) : last - start] *= section.factor
+        return z
 
     def move(self, start: int, stop: int, change: Float[Tensor, " length"]) -> None:
-        """Add to a part of the master; no value goes below 0 (QZO, algorithm 1)."""
-        self._window = None
+        """Add to a part of the master; no value of a layer goes below 0 (QZO, algorithm 1)."""
+        self._windows.clear()
         part = self.values[start:stop]
-        part.add_(change).clamp_(min=0)
+        part.add_(change)
+        part[: max(self._bounds[len(self.names)] - start, 0)].clamp_(min=0)
 
     def fingerprint(self) -> str:
         """Return the sha256 of the master's bytes."""
@@ -185,9 +226,11 @@ class Scales:
 
     def reset(self) -> None:
         """Set the master to where training starts: the scales of the file."""
-        self._window = None
+        self._windows.clear()
+        for number, section in enumerate(self.sections):
+            self.tuned_section(number).copy_(section.start())
         if self.coordinates != "absolute":
-            self.values.fill_(1.0)
+            self.values[: self._bounds[len(self.names)]] = 1.0
             return
         for start, stored in zip(self._bounds, self._file_scales, strict=False):
             self.values[start : start + stored.numel()] = stored.float().reshape(-1)
@@ -203,21 +246,22 @@ class Scales:
                 f"trained vector: expected {len(self)} values, got {values.numel()}; was it made "
                 "from another base or with other coordinates?"
             )
-        self._window = None
+        self._windows.clear()
         self.values.copy_(values)
 
     def _shifted_values(
         self, layer: int, probes: Sequence[Probe]
     ) -> Float[Tensor, "probes length"]:
-        """Return ``v + offset z`` of one layer, from a window of consecutive layers."""
+        """Return ``v + offset z`` of one layer or section, from a window of consecutive ones."""
         start, stop = self._bounds[layer], self._bounds[layer + 1]
-        if self._window is None or not (
-            self._window[0] == probes and self._window[1] <= start < stop <= self._window[2]
-        ):
+        kind = layer >= len(self.names)
+        window = self._windows.get(kind)
+        if window is None or not (window[0] == probes and window[1] <= start < stop <= window[2]):
             first = start // WINDOW * WINDOW  # the same windows whatever the order of the layers
             last = min(max(first + WINDOW, stop), len(self))
-            self._window = (probes, first, last, self._shift(probes, first, last))
-        _, offset, _, shifted = self._window
+            window = (probes, first, last, self._shift(probes, first, last))
+            self._windows[kind] = window
+        _, offset, _, shifted = window
         return shifted[:, start - offset : stop - offset]
 
     def _shift(

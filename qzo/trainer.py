@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from qzo.adapter import (
     Snapshot,
+    adapter_tensors,
     apply_adapter,
     change_warnings,
     changed_fraction,
@@ -25,7 +26,6 @@ from qzo.adapter import (
     read_snapshot,
     save_adapter,
     save_snapshot,
-    scale_tensors,
 )
 from qzo.callbacks import Events
 from qzo.config import Recipe
@@ -37,17 +37,15 @@ from qzo.examples import ExampleSet, from_encoded, from_records
 from qzo.files import locked, new_folder, remove
 from qzo.interrupts import stop_signals
 from qzo.journal import Fingerprint, Journal, Step
-from qzo.linear import Live
 from qzo.metrics import CLOSING_KEY, Metrics, Window
-from qzo.model import trained_layers
 from qzo.objective import Objective
 from qzo.optimizers import make_optimizer
 from qzo.probes import Probe
 from qzo.ranks import Ranks, Wish
 from qzo.replay import adapter_config, apply_journal, check_fingerprint
 from qzo.run_folder import begin, header_of, open_journal, write_reference
-from qzo.scales import Scales
 from qzo.schedules import learning_rate
+from qzo.tuned import trained_vector
 from qzo.wrap import checkpoint_of, tokenizer_of
 
 FINGERPRINT_STEPS = 100
@@ -126,11 +124,7 @@ class Trainer:
         self.model, self.config, self.tokenizer = model.eval(), config, tokenizer
         self._ranks = ranks or Ranks.join(model.device)
         self.folder = Path(config.output_dir)
-        layers = trained_layers(model, config.zo.num_blocks, config.zo.modules)
-        self._live: Live = layers[0].live
-        self.scales = Scales.of_layers(
-            layers, coordinates=config.zo.coordinates, direction=config.zo.direction
-        )
+        self._live, self.scales = trained_vector(model, config.zo, config.seed)
         self.estimator = make_estimator(config)
         self.optimizer = make_optimizer(config.zo.optimizer, config.zo.optimizer_settings)
         self.train_set = train_set = self._example_set(train_dataset)
@@ -425,7 +419,7 @@ class Trainer:
         return Result(steps, best_step, before, after, changed, skipped, seconds, warnings)
 
     def _write_adapter(self, journal: Journal, step: int) -> None:
-        tensors: dict[str, Tensor] = scale_tensors(self.checkpoint, self.scales)
+        tensors: dict[str, Tensor] = adapter_tensors(self.checkpoint, self.scales)
         reference = ExampleSet(self._reference.examples, self._reference.loss)
         loss = self._evaluation(reference, Ranks()).loss
         write_reference(self.folder, self._reference, loss)
