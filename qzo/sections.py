@@ -60,7 +60,7 @@ class Section:
         """Return the values that training starts from, in fp32."""
         if self.kind == "lora_A":
             z = directions("gaussian", [self.seed], 0, self.size).view(self.shape)
-            return z * (3 * self.shape[1]) ** -0.5
+            return z * math.sqrt(1 / (3 * self.shape[1]))
         return torch.full(self.shape, 1.0 if self.kind in {"norm", "head"} else 0.0)
 
     def tuned(

@@ -5,7 +5,7 @@ values say: with ``b`` the bias of a norm or a head, ``y <- (y - b) m + b``.
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -124,8 +124,8 @@ def _with_weight(
     zeros = {key: torch.zeros_like(weight) for key, p in norm._parameters.items() if p is not None}
     values = {key: nn.Parameter(tensor) for key, tensor in (zeros | {"weight": weight}).items()}
     twin._parameters = {**norm._parameters, **values}
-    result: Tensor = type(twin).forward(twin, x)  # no hooks
-    return result.detach()
+    forward: Callable[[nn.Module, Tensor], Tensor] = type(norm).forward  # without hooks
+    return forward(twin, x).detach()
 
 
 def _bias_sections(

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.command import Run as Command
+from support import command as commands
 from support.gptq_files import write_gptq
 from support.models import logits_of, relative_error, tiny_model
 from support.runs import (
@@ -27,7 +27,7 @@ from qzo.config import ZOConfig
 from qzo.directions import directions
 from qzo.errors import CheckpointError, ConfigError
 from qzo.journal import open_record, write_compact
-from qzo.low_rank import add_low_rank
+from qzo.low_rank import add_low_rank, adding_low_rank
 from qzo.model import quant_linears
 from qzo.probes import Probe
 from qzo.stack import answer_scores, build_stack
@@ -209,8 +209,9 @@ def test_training_by_factors_lowers_the_loss(tmp_path: Path) -> None:
 
 
 def test_a_run_of_the_command_is_evaluated_and_its_card_says_lora(
-    command: Command, tmp_path: Path
+    capsys: Any, tmp_path: Path
 ) -> None:
+    command = commands.command(capsys)
     base = tiny_checkpoint(tmp_path / "base")
     data, out = write_lines(tmp_path / "data.jsonl", COMPLETIONS), tmp_path / "run"
     recipe = tmp_path / "recipe.yaml"
@@ -223,9 +224,9 @@ def test_a_run_of_the_command_is_evaluated_and_its_card_says_lora(
         )
     )
     done = command("train", str(recipe), "--json")
-    loss = json.loads(done.stdout)["after"]["loss"]
+    loss = done.value["after"]["loss"]
     done = command("eval", str(base), "--adapter", str(out), "--data", str(data), "--json")
-    assert json.loads(done.stdout)["loss"] == pytest.approx(loss, abs=1e-6)  # other batches
+    assert done.value["loss"] == pytest.approx(loss, abs=1e-6)  # other batches
     assert "LoRA factors of rank 8" in (out / "README.md").read_text()
 
 
@@ -285,13 +286,10 @@ def test_an_adapter_of_peft_alone_is_refused(run: Run, tmp_path: Path) -> None:
 
 
 def test_factors_of_another_model_are_refused(run: Run, tmp_path: Path) -> None:
-    smaller = write_gptq(tmp_path, tiny_model(num_layers=1))
-    del smaller
+    write_gptq(tmp_path, tiny_model(num_layers=1))
     model = qzo.load(tmp_path)
     adapter = open_adapter(run.folder)
     layer = quant_linears(model)[0]
-    from qzo.low_rank import adding_low_rank
-
     tensors = {key: adapter.tensors[key] for key in adapter.tensors.files}
     key = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
     with pytest.raises(
