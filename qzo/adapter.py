@@ -22,6 +22,7 @@ from qzo.files import new_file, read_json, write_json
 from qzo.linear import Live
 from qzo.low_rank import adding_low_rank, file_key, peft_config
 from qzo.model import quant_linears
+from qzo.prefix import fixing_prefixes
 from qzo.scales import Scales
 from qzo.sections import UNQUANTIZED, Section
 from qzo.tensor_files import TensorFiles, tensor_bytes, write_safetensors
@@ -29,6 +30,7 @@ from qzo.unquantized import replacing_tensors
 
 MODEL_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
+FROZEN = frozenset(("lora", "prefix"))  # keys of adapters that leave the base as it is
 _LORA_NAME = "qzo_adapter.json"
 _SNAPSHOT_NAME = "scales.safetensors"
 _STATE_NAME = "trainer_state.json"
@@ -98,7 +100,8 @@ def adapter_tensors(checkpoint: Checkpoint, scales: Scales) -> dict[str, Tensor]
         if section.kind in UNQUANTIZED:
             result[section.name] = section.tuned(_stored(checkpoint, section), values)
         else:
-            result[file_key(section)] = values.clone()
+            key = section.name if section.kind.startswith("prefix") else file_key(section)
+            result[key] = values.clone()
     return result
 
 
@@ -176,9 +179,10 @@ def apply_adapter(model: PreTrainedModel, checkpoint: Checkpoint, adapter: Adapt
     """Let a model compute with the tensors of an adapter; training still starts from its base."""
     check_base(checkpoint, adapter.config)
     layers = quant_linears(model)
+    layers[0].live.fixed_prefixes = {}
     layers[0].live.renew_hooks("adapter", _hooks(model, layers[0].live, adapter))
     for layer in layers:
-        if "lora" in adapter.config:
+        if not FROZEN.isdisjoint(adapter.config):
             layer.tuned = None
             continue
         tuned = tuned_weight(checkpoint, adapter, layer.name).scales
@@ -190,6 +194,9 @@ def _hooks(model: PreTrainedModel, live: Live, adapter: Adapter) -> list[Removab
         lora = adapter.config["lora"]
         tensors = {key: adapter.tensors[key] for key in adapter.tensors.files}
         return adding_low_rank(model, live, tensors, lora["alpha"] / lora["rank"])
+    if "prefix" in adapter.config:
+        tensors = {key: adapter.tensors[key] for key in adapter.tensors.files}
+        return fixing_prefixes(model, live, tensors)
     return replacing_tensors(model, live, unquantized_tensors(adapter))
 
 

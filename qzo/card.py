@@ -41,6 +41,12 @@ def _summary(base: str, adapter: Mapping[str, Any]) -> str:
             f"scales stay the same. {number} values were trained for {steps} steps with forward "
             "passes only (MeZO, arXiv 2305.17333). Load them with peft."
         )
+    if "prefix" in adapter:
+        return (
+            f"A prefix of {adapter['prefix']['num_tokens']} tokens' keys and values for `{base}`, "
+            f"whose 4-bit codes and scales stay the same. {number} values were trained for {steps} "
+            "steps with forward passes only (MeZO, arXiv 2305.17333). Load them with qzo."
+        )
     keys = ", ".join(f"`{key}`" for key in adapter.get("unquantized", ()))
     also = f" and the unquantized tensors {keys}" if keys else ""
     return (

@@ -70,12 +70,13 @@ class ZOConfig(BaseModel):
     adam_beta2: Float = Field(default=0.999, ge=0, lt=1)
     adam_epsilon: Float = Field(default=1e-8, gt=0, lt=1)
     max_skipped_steps: Int = Field(default=10, ge=1)
-    tuned: Literal["scales", "lora"] = "scales"  # lora: the scales stay as they are in the file
+    tuned: Literal["scales", "lora", "prefix"] = "scales"  # the others leave the scales as they are
     unquantized: list[Literal["norms", "biases", "head"]] = []  # trained besides the scales
     unquantized_factor: Float = Field(default=1.0, gt=0)  # of their directions: step factor**2
     lora_rank: Int = Field(default=8, ge=1)
     lora_alpha: Float = Field(default=16, gt=0)
     lora_modules: list[str] = ["q_proj", "v_proj"]  # layers whose names hold one of these
+    prefix_tokens: Int = Field(default=5, ge=1)
 
     @property
     def optimizer_settings(self) -> dict[str, float]:
@@ -140,7 +141,11 @@ _LEARNING_RATES = {
     ("spsa", "absolute"): 1e-7,
     ("per_example", "lora"): 1e-2,
     ("spsa", "lora"): 1e-4,  # MeZO, arXiv 2305.17333, appendix D.3
+    ("per_example", "prefix"): 1e-2,
+    ("spsa", "prefix"): 1e-3,  # as above, with this epsilon
 }
+
+_EPSILONS = {"prefix": 1e-1}  # MeZO, as above
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -211,6 +216,7 @@ def recipe(values: Mapping[str, Any]) -> Recipe:
     place = zo.get("coordinates", "row") if tuned == "scales" else tuned
     kind = (zo.get("estimator", "per_example"), place)
     rate = next((rate for key, rate in _LEARNING_RATES.items() if key == kind), 5e-2)
+    zo = {**({"epsilon": _EPSILONS[place]} if place in _EPSILONS else {}), **zo}
     merged = {"learning_rate": rate, **defaults, **values, "zo": zo}
     try:
         result = Recipe.model_validate(merged)
@@ -280,8 +286,9 @@ def _check_tuned(zo: ZOConfig) -> None:
     if zo.tuned == "scales":
         return
     for key in ("unquantized", "modules"):
+        hint = "; use zo.lora_modules" if (zo.tuned, key) == ("lora", "modules") else ""
         if getattr(zo, key):
             raise ConfigError(
                 f"zo.{key}: expected none with zo.tuned {zo.tuned!r}, got {getattr(zo, key)}; "
-                "it goes with 'scales'" + "; use zo.lora_modules" * (key == "modules")
+                f"it goes with 'scales'{hint}"
             )

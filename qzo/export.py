@@ -62,9 +62,6 @@ def export(run: str | Path, out: str | Path, *, base: str | None = None) -> Expo
         run: A run folder, or a journal in either form, in a folder of its own or named itself.
         out: A new or empty folder.
         base: The base checkpoint, where it is no longer where the run says.
-
-    Raises:
-        ConfigError: The run trained LoRA factors.
     """
     folder, target = Path(run), Path(out)
     with TemporaryDirectory() as temporary, new_folder(target) as partial:
@@ -72,11 +69,7 @@ def export(run: str | Path, out: str | Path, *, base: str | None = None) -> Expo
             replay(folder, out=Path(temporary) / "adapter", base=base)
             folder = Path(temporary) / "adapter"
         adapter = open_adapter(folder)
-        if "lora" in adapter.config:
-            raise ConfigError(
-                f"{run}: expected trained scales, got LoRA factors, which do not fold into 4-bit "
-                "codes; load the run with peft, or with qzo eval and generate --adapter"
-            )
+        _check_folds(adapter, str(run))
         checkpoint = open_checkpoint(base or adapter.config["base_model_name_or_path"])
         check_base(checkpoint, adapter.config)
         _write_files(checkpoint, adapter, partial)
@@ -84,6 +77,24 @@ def export(run: str | Path, out: str | Path, *, base: str | None = None) -> Expo
     unquantized = tuple(unquantized_tensors(adapter))
     num_scales = len(adapter.tensors.files) - len(unquantized)
     return Exported(target, num_scales, trained, exported, unquantized)
+
+
+def _check_folds(adapter: Adapter, run: str) -> None:
+    """Refuse what is no part of a checkpoint.
+
+    Raises:
+        ConfigError: The adapter holds LoRA factors or a prefix.
+    """
+    if "lora" in adapter.config:
+        raise ConfigError(
+            f"{run}: expected trained scales, got LoRA factors, which do not fold into 4-bit "
+            "codes; load the run with peft, or with qzo eval and generate --adapter"
+        )
+    if "prefix" in adapter.config:
+        raise ConfigError(
+            f"{run}: expected trained scales, got a prefix, which no checkpoint holds; load the "
+            "run with qzo eval and generate --adapter"
+        )
 
 
 def _write_files(checkpoint: Checkpoint, adapter: Adapter, folder: Path) -> None:

@@ -68,6 +68,9 @@ class Live:
         attention: Which tokens see which, or None: the rows of the batch as they are.
         forked: The decoder blocks whose tokens are repeated once per probe; see ``stack``.
         sections: Gives what is trained besides scales by its place: a set of values per probe.
+        trained_prefixes: Number of the section with the keys of an attention layer; that with its
+            values follows.
+        fixed_prefixes: Keys and values in front of the texts outside of training.
         hooks: Of modules that see ``sections`` or an adapter, by who put them there.
     """
 
@@ -77,7 +80,14 @@ class Live:
     forked: Sequence[nn.Module] = ()
     buffers: dict[str, Tensor] = field(default_factory=dict)
     sections: Callable[[int], Float[Tensor, "probes ..."]] | None = None
+    trained_prefixes: dict[nn.Module, int] = field(default_factory=dict)
+    fixed_prefixes: dict[nn.Module, Sequence[Tensor]] = field(default_factory=dict)
     hooks: dict[str, Sequence[RemovableHandle]] = field(default_factory=dict)
+
+    @property
+    def has_prefixes(self) -> bool:
+        """Tell whether an attention layer may see a prefix."""
+        return bool(self.trained_prefixes or self.fixed_prefixes)
 
     def renew_hooks(self, owner: str, hooks: Sequence[RemovableHandle]) -> None:
         """Keep the hooks of an owner and remove those that it had before."""

@@ -235,6 +235,19 @@ class Scales:
         for start, stored in zip(self._bounds, self._file_scales, strict=False):
             self.values[start : start + stored.numel()] = stored.float().reshape(-1)
 
+    def take_sections(self, sections: Sequence[Section]) -> None:
+        """Take over the sections of a journal: their starts may come from another computer.
+
+        Raises:
+            CheckpointError: They are others.
+        """
+        if [(s.name, s.shape) for s in sections] != [(s.name, s.shape) for s in self.sections]:
+            raise CheckpointError(
+                "journal: expected the sections of this recipe and model, got others; the journal "
+                "was changed, or the model is another one"
+            )
+        self.sections = tuple(sections)
+
     def restore(self, values: Float[Tensor, " size"]) -> None:
         """Set the master to stored values.
 

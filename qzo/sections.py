@@ -6,15 +6,17 @@ How the values ``v`` of a section change a tensor ``w`` of the file, by kind:
 - ``bias``: ``w + unit v`` (starts at 0; the unit is the root mean square of w, or 1 if w is 0),
 - ``head``: ``w v[:, None]`` (starts at 1, one element per token of the vocabulary),
 - ``lora_A``, ``lora_B``: the factors of ``unit B A``, which is added to a matrix; A starts normal
-  with the variance ``1 / (3 inputs)`` that it has in PEFT (there uniform), B at 0.
+  with the variance ``1 / (3 inputs)`` that it has in PEFT (there uniform), B at 0,
+- ``prefix_key``, ``prefix_value``: keys and values of an attention layer, ``(heads, n, width)``.
 
 Directions of a section are multiplied by its factor: the radius of a probe grows by it, a step of
 gradient descent by its square.
 """
 
+import base64
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
@@ -24,7 +26,7 @@ from torch import Tensor
 from qzo.directions import directions
 from qzo.errors import CheckpointError
 
-Kind = Literal["norm", "bias", "head", "lora_A", "lora_B"]
+Kind = Literal["norm", "bias", "head", "lora_A", "lora_B", "prefix_key", "prefix_value"]
 UNQUANTIZED: tuple[Kind, ...] = ("norm", "bias", "head")
 _SIZE_MAX = 2**31
 
@@ -41,6 +43,7 @@ class Section:
         factor: What their directions are multiplied by.
         offset: What a norm adds to its weight.
         seed: Of the start, where it is random.
+        data: The start, where it comes from the model: fp16 in base64.
     """
 
     name: str
@@ -50,6 +53,7 @@ class Section:
     factor: float = 1.0
     offset: float = 0.0
     seed: int = 0
+    data: str = field(default="", repr=False)
 
     @property
     def size(self) -> int:
@@ -61,6 +65,9 @@ class Section:
         if self.kind == "lora_A":
             z = directions("gaussian", [self.seed], 0, self.size).view(self.shape)
             return z * math.sqrt(1 / (3 * self.shape[1]))
+        if self.data:
+            stored = bytearray(base64.b64decode(self.data, validate=True))
+            return torch.frombuffer(stored, dtype=torch.float16).float().view(self.shape)
         return torch.full(self.shape, 1.0 if self.kind in {"norm", "head"} else 0.0)
 
     def tuned(
@@ -120,16 +127,23 @@ def _section(entry: Mapping[str, Any]) -> Section:
     shape = tuple(entry["shape"])
     numbers = {key: float(entry[key]) for key in ("unit", "factor", "offset")}
     is_sound = (
-        set(entry) == {"name", "kind", "shape", "unit", "factor", "offset", "seed"}
+        set(entry) == {"name", "kind", "shape", "unit", "factor", "offset", "seed", "data"}
         and type(entry["name"]) is str
         and entry["kind"] in get_args(Kind)
         and type(entry["seed"]) is int
         and 0 <= entry["seed"] < 2**64
         and all(type(size) is int and size > 0 for size in shape)
-        and len(shape) == (2 if entry["kind"].startswith("lora") else 1)
+        and len(shape) == {"lora": 2, "pref": 3}.get(entry["kind"][:4], 1)
+        and _has_start(entry["kind"], entry["data"], math.prod(shape))
         and math.prod(shape) < _SIZE_MAX
         and all(map(math.isfinite, numbers.values()))
     )
     if not is_sound:
         raise ValueError(entry)
-    return Section(entry["name"], entry["kind"], shape, seed=entry["seed"], **numbers)
+    return Section(**{**entry, **numbers, "shape": shape})
+
+
+def _has_start(kind: str, data: str, size: int) -> bool:
+    if not kind.startswith("prefix"):
+        return data == ""
+    return len(base64.b64decode(data, validate=True)) == 2 * size

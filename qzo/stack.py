@@ -12,6 +12,7 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -24,6 +25,7 @@ from transformers import PreTrainedModel
 from qzo.attention import PackedRows, pack_rows, packed_attention
 from qzo.encoding import EncodedExample
 from qzo.linear import Live
+from qzo.prefix import prefixes_of_texts
 
 Text = Sequence[int]  # token ids
 
@@ -213,12 +215,13 @@ def _count_below(columns: Sequence[int], bounds: Sequence[int]) -> tuple[int, ..
 
 def answer_scores(model: PreTrainedModel, live: Live, stack: Stack) -> list[list[float]]:
     """Return the mean log-probability per token (nats) of every candidate of every item."""
+    prefixes = partial(prefixes_of_texts, live) if live.has_prefixes else None
     with ExitStack() as context:
         context.enter_context(torch.inference_mode())
         context.enter_context(_forked(live, stack))
         context.enter_context(_head_sees(model, live, stack))
         if stack.front.attention is not None:
-            context.enter_context(packed_attention(model, lambda: live.attention))
+            context.enter_context(packed_attention(model, lambda: live.attention, prefixes))
         logits = model(
             input_ids=stack.input_ids, position_ids=stack.position_ids, use_cache=False
         ).logits

@@ -45,6 +45,7 @@ from qzo.ranks import Ranks, Wish
 from qzo.replay import adapter_config, apply_journal, check_fingerprint
 from qzo.run_folder import begin, header_of, open_journal, write_reference
 from qzo.schedules import learning_rate
+from qzo.sections import sections_of
 from qzo.tuned import trained_vector
 from qzo.wrap import checkpoint_of, tokenizer_of
 
@@ -256,6 +257,8 @@ class Trainer:
 
         Only the first process has snapshots; the others replay the journal from its start.
         """
+        if journal.is_on_disk:
+            self.scales.take_sections(sections_of(journal.header))
         self.scales.reset()
         self.optimizer.restore({})
         if not journal.is_on_disk:

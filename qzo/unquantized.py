@@ -8,7 +8,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -124,7 +124,7 @@ def _with_weight(
     zeros = {key: torch.zeros_like(weight) for key, p in norm._parameters.items() if p is not None}
     values = {key: nn.Parameter(tensor) for key, tensor in (zeros | {"weight": weight}).items()}
     twin._parameters = {**norm._parameters, **values}
-    forward: Callable[[nn.Module, Tensor], Tensor] = type(norm).forward  # without hooks
+    forward = cast(Callable[[nn.Module, Tensor], Tensor], type(norm).forward)  # without hooks
     return forward(twin, x).detach()
 
 

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from support.gptq_files import write_gptq
 from support.models import HIDDEN, VOCABULARY, logits_of, relative_error, tiny_model
+from support.nf4_files import bnb_config, load_bnb
 from support.runs import change_tensor, dense_candidate_scores, tiny_checkpoint, tiny_trainer
 from support.training import examples, short_run, tuned_logits
 from torch import Tensor, nn
@@ -27,11 +28,12 @@ from qzo.config import ZOConfig
 from qzo.directions import directions
 from qzo.errors import CheckpointError, ConfigError
 from qzo.journal import open_record, write_compact
-from qzo.model import quant_linears
+from qzo.model import load_checkpoint, quant_linears
 from qzo.optimizers import SGD
 from qzo.probes import DirectionalDerivative, Probe
 from qzo.sections import Section, sections_of
 from qzo.stack import answer_scores, build_stack
+from qzo.streaming import Budget
 from qzo.trainer import Trainer
 from qzo.tuned import trained_vector
 
@@ -385,3 +387,29 @@ def test_a_damaged_section_is_refused(change: dict[str, Any]) -> None:
         "and seed, got something else: ",
     ):
         sections_of({"sections": [entry]})
+
+
+# --- other ways to a model --------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("natural_bitsandbytes")
+def test_a_wrapped_model_is_trained_and_exported(tmp_path: Path) -> None:
+    tiny_model("qwen2", intermediate=128).save_pretrained(tmp_path / "float")
+    model = qzo.wrap(load_bnb(tmp_path / "float", bnb_config()))
+    trainer = short_run(model, tmp_path / "run", unquantized=ALL)
+    qzo.export(tmp_path / "run", tmp_path / "out")
+    tuned = tuned_logits(trainer)
+    assert relative_error(logits_of(qzo.load(tmp_path / "out")), tuned) < 1e-5  # float32 files
+    assert qzo.replay(tmp_path / "run").adapter == "equal"
+
+
+def test_a_streamed_model_trains_bitwise_like_a_resident_one(tmp_path: Path) -> None:
+    given = given_model(tmp_path / "base", "qwen2")
+    checkpoint = open_checkpoint(given.base)
+    runs = []
+    for name, budget in (("resident", None), ("streamed", Budget(2**26, 2**26 - 2**20, False))):
+        model = load_checkpoint(checkpoint, budget=budget)
+        short_run(model, tmp_path / name, unquantized=ALL)
+        runs.append((logits_of(model), (tmp_path / name / "adapter_model.safetensors")))
+    assert torch.equal(runs[0][0], runs[1][0])
+    assert runs[0][1].read_bytes() == runs[1][1].read_bytes()
