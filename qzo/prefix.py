@@ -68,7 +68,7 @@ def _activations(
 ) -> dict[nn.Module, tuple[Float[Tensor, "heads n _"], Float[Tensor, "heads n _"]]]:
     """Return keys and values of random tokens by attention layer, in the order of the layers."""
     draw = np.random.Generator(np.random.Philox(key=start_seed(run_seed, 0)))
-    vocabulary = model.get_input_embeddings().num_embeddings
+    vocabulary = model.config.get_text_config().vocab_size
     tokens = torch.tensor([draw.integers(vocabulary, size=num_tokens).tolist()])
     is_rotary = any("rotary" in name.lower() for name, _ in model.named_modules())
     first = -num_tokens if is_rotary else 0
@@ -188,7 +188,8 @@ def _hooks(model: PreTrainedModel, live: Live) -> list[RemovableHandle]:
 
         if live.attention is None and model.config._attn_implementation == own:
             ALL_ATTENTION_FUNCTIONS[name] = attend_prefixed
-            ALL_MASK_ATTENTION_FUNCTIONS[name] = ALL_MASK_ATTENTION_FUNCTIONS[own]
+            # its keys are looked up in what all instances share
+            ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[own])
             model.config._attn_implementation = name
 
     def after(_: nn.Module, _inputs: Any, _output: Any) -> None:

@@ -5,10 +5,10 @@ values say: with ``b`` the bias of a norm or a head, ``y <- (y - b) m + b``.
 """
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -124,8 +124,8 @@ def _with_weight(
     zeros = {key: torch.zeros_like(weight) for key, p in norm._parameters.items() if p is not None}
     values = {key: nn.Parameter(tensor) for key, tensor in (zeros | {"weight": weight}).items()}
     twin._parameters = {**norm._parameters, **values}
-    forward = cast(Callable[[nn.Module, Tensor], Tensor], type(norm).forward)  # without hooks
-    return forward(twin, x).detach()
+    result: Tensor = twin.forward(x)  # without hooks
+    return result.detach()
 
 
 def _bias_sections(
@@ -158,7 +158,9 @@ def _head_section(model: PreTrainedModel, factor: float) -> dict[Section, nn.Mod
             f"zo.unquantized: expected a linear layer as head, found {type(head).__name__}; leave "
             "'head' out"
         )
-    if head.weight is embedding.weight or head.weight.data_ptr() == embedding.weight.data_ptr():
+    shared = embedding.weight
+    assert isinstance(shared, Tensor)
+    if head.weight is shared or head.weight.data_ptr() == shared.data_ptr():
         raise ConfigError(
             "zo.unquantized: expected a head with a matrix of its own, found one that shares it "
             "with the embeddings, which would change too; leave 'head' out"
