@@ -5,6 +5,7 @@ the layout and dtype of the base; ``adapter_config.json`` names the base and wha
 written as PEFT reads it; what QZO has to know besides is in ``qzo_adapter.json``.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -77,9 +78,28 @@ def open_adapter(folder: Path) -> Adapter:
                 f"{folder / CONFIG_NAME}: expected {key} of type {kind.__name__}, got "
                 f"{config.get(key)!r}"
             )
+    _check_tuned(folder, config)
     if not (folder / MODEL_NAME).is_file():
         raise CheckpointError(f"{folder / MODEL_NAME}: expected this file, not found")
     return Adapter(folder, config, TensorFiles(folder, [MODEL_NAME]))
+
+
+def _check_tuned(folder: Path, config: Mapping[str, Any]) -> None:
+    """Check what an adapter says of tensors that are no scales.
+
+    Raises:
+        CheckpointError: It is damaged.
+    """
+    keys, lora = config.get("unquantized", []), config.get("lora", {"rank": 1, "alpha": 1})
+    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+        raise CheckpointError(
+            f"{folder / CONFIG_NAME}: expected unquantized to be a list of keys, got {keys!r}"
+        )
+    values = [lora.get(key) for key in ("rank", "alpha")] if isinstance(lora, dict) else [None]
+    if not all(isinstance(value, int | float) and 0 < value < math.inf for value in values):
+        raise CheckpointError(
+            f"{folder / _LORA_NAME}: expected lora with rank and alpha above 0, got {lora!r}"
+        )
 
 
 def scale_tensors(checkpoint: Checkpoint, scales: Scales) -> dict[str, Tensor]:

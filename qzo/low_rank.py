@@ -79,10 +79,13 @@ def file_key(section: Section) -> str:
     return _PREFIX + section.name
 
 
-def lora_config(factors: Sequence[Section], zo: Mapping[str, Any]) -> dict[str, Any]:
-    """Return rank, alpha and modules, given the factors A of a run and its recipe."""
-    modules = [section.name.removesuffix(_FACTOR_A) for section in factors]
-    return {"rank": factors[0].shape[0], "alpha": zo["lora_alpha"], "modules": modules}
+def lora_config(sections: Sequence[Section]) -> dict[str, Any]:
+    """Return rank, alpha and modules of the factors of a run; nothing where there are none."""
+    modules = [s.name.removesuffix(_FACTOR_A) for s in sections if s.kind == "lora_A"]
+    if not modules:
+        return {}
+    unit, rank = next((s.unit, s.shape[1]) for s in sections if s.kind == "lora_B")
+    return {"lora": {"rank": rank, "alpha": round(unit * rank, 9), "modules": modules}}
 
 
 def peft_config(config: Mapping[str, Any]) -> dict[str, Any]:

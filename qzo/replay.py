@@ -200,7 +200,6 @@ def adapter_config(header: Mapping[str, Any], checkpoint: Checkpoint, step: int)
     sections = sections_of(header)
     unquantized = [section.name for section in sections if section.kind in UNQUANTIZED]
     prefixes = [section for section in sections if section.kind == "prefix_key"]
-    factors = [section for section in sections if section.kind == "lora_A"]
     return {
         "base_model_name_or_path": str(checkpoint.folder.resolve()),
         "format": checkpoint.format.QUANT_METHOD,
@@ -212,5 +211,5 @@ def adapter_config(header: Mapping[str, Any], checkpoint: Checkpoint, step: int)
         "qzo_version": header["qzo_version"],
         **({"unquantized": unquantized} if unquantized else {}),
         **({"prefix": {"num_tokens": prefixes[0].shape[1]}} if prefixes else {}),
-        **({"lora": lora_config(factors, header["recipe"]["zo"])} if factors else {}),
+        **lora_config(sections),
     }

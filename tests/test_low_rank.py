@@ -298,3 +298,17 @@ def test_factors_of_another_model_are_refused(run: Run, tmp_path: Path) -> None:
         "none; the adapter belongs to another base$",
     ):
         adding_low_rank(model, layer.live, tensors, 2.0)
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 0, "alpha": 1.0}, {"rank": 3}])
+def test_a_damaged_configuration_is_refused(run: Run, tmp_path: Path, lora: Any) -> None:
+    for path in run.folder.glob("*adapter*"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    path = tmp_path / "qzo_adapter.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "lora": lora}))
+    with pytest.raises(
+        CheckpointError,
+        match=f"^{re.escape(str(path))}: expected lora with rank and alpha above 0, got "
+        f"{re.escape(repr(lora))}$",
+    ):
+        open_adapter(tmp_path)

@@ -344,6 +344,19 @@ def test_a_norm_that_does_something_else_is_refused(tmp_path: Path) -> None:
         trained_vector(model, ZOConfig(unquantized=["norms"]), 0)
 
 
+@pytest.mark.parametrize("keys", ["model.norm.weight", [3]])
+def test_a_damaged_list_of_tensors_is_refused(run: Run, tmp_path: Path, keys: Any) -> None:
+    path = tmp_path / "adapter_config.json"
+    config = json.loads((run.folder / path.name).read_text())
+    path.write_text(json.dumps({**config, "unquantized": keys}))
+    with pytest.raises(
+        CheckpointError,
+        match=f"^{re.escape(str(path))}: expected unquantized to be a list of keys, got "
+        f"{re.escape(repr(keys))}$",
+    ):
+        open_adapter(tmp_path)
+
+
 def test_another_norm_in_the_base_is_refused(tmp_path: Path) -> None:
     base = tiny_checkpoint(tmp_path / "base")
     tiny_trainer(base, tmp_path / "run", max_steps=2, zo={"unquantized": ["norms"]}).train()
