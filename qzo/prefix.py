@@ -47,7 +47,7 @@ def prefix_sections(
     behind = {part for block in live.forked for part in block.modules()}
     names = {module: name for name, module in model.named_modules()}
     found: dict[Section, nn.Module] = {}
-    for module, states in _activations(model, num_tokens, run_seed).items():
+    for module, states in _activations(model, live, num_tokens, run_seed).items():
         if module in behind:
             for role, state in zip(("key", "value"), states, strict=True):
                 data = base64.b64encode(state.half().cpu().numpy().tobytes()).decode("ascii")
@@ -64,7 +64,7 @@ def prefix_sections(
 
 
 def _activations(
-    model: PreTrainedModel, num_tokens: int, run_seed: int
+    model: PreTrainedModel, live: Live, num_tokens: int, run_seed: int
 ) -> dict[nn.Module, tuple[Float[Tensor, "heads n _"], Float[Tensor, "heads n _"]]]:
     """Return keys and values of random tokens by attention layer, in the order of the layers."""
     draw = np.random.Generator(np.random.Philox(key=start_seed(run_seed, 0)))
@@ -83,13 +83,27 @@ def _activations(
         result: tuple[Tensor, Any] = attend(module, query, key, value, None, **options)
         return result
 
-    with torch.inference_mode(), _attending(model, record):
+    with torch.inference_mode(), _at_base(live), _attending(model, record):
         model(
             input_ids=tokens.to(model.device),
             position_ids=positions.to(model.device),
             use_cache=False,
         )
     return found
+
+
+@contextmanager
+def _at_base(live: Live) -> Iterator[None]:
+    """Let a model that trains no scales compute as its files say while the block runs."""
+
+    def scales_of_file(_: int) -> Any:
+        raise AssertionError  # no layer has an index
+
+    live.effective = scales_of_file
+    try:
+        yield
+    finally:
+        live.effective = None
 
 
 @contextmanager

@@ -186,6 +186,16 @@ def test_an_adapter_of_scales_takes_the_place_of_a_prefix(run: Run, tmp_path: Pa
     assert torch.equal(logits_of(model), want)
 
 
+@pytest.mark.parametrize("zo", [{"unquantized": ["norms"]}, {"tuned": "lora"}, PREFIX], ids=str)
+def test_a_prefix_starts_from_the_base_under_an_adapter(tmp_path: Path, zo: Any) -> None:
+    write_gptq(tmp_path / "base", tiny_model(num_layers=2))
+    model = qzo.load(tmp_path / "base")
+    _, want = trained_vector(model, ZOConfig(**PREFIX), 0)
+    short_run(model, tmp_path / "run", **zo)
+    _, got = trained_vector(model, ZOConfig(**PREFIX), 0)
+    assert torch.equal(got.values, want.values)
+
+
 def test_an_adapter_holds_the_master(run: Run) -> None:
     tensors = load_file(run.folder / "adapter_model.safetensors")
     assert len(tensors) == 4
