@@ -140,7 +140,7 @@ _LEARNING_RATES = {
     ("spsa", "relative"): 1e-3,
     ("spsa", "absolute"): 1e-7,
     ("per_example", "lora"): 1e-2,
-    ("spsa", "lora"): 1e-4,  # MeZO, arXiv 2305.17333, appendix D.3
+    ("spsa", "lora"): 1e-4,  # MeZO, arXiv 2305.17333, its grid for OPT
     ("per_example", "prefix"): 1e-2,
     ("spsa", "prefix"): 1e-3,  # as above, with this epsilon
 }

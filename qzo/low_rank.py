@@ -1,8 +1,7 @@
 """LoRA on frozen 4-bit layers: ``y + (alpha / rank) (x A^T) B^T``.
 
 The factors lie in the trained vector; every probe has its own. Source: LoRA, arXiv 2106.09685,
-eq. 3; by zeroth order: MeZO, arXiv 2305.17333, section 3 and appendix E.5. Files and names are
-those of PEFT.
+eq. 3; by zeroth order: MeZO, arXiv 2305.17333. Files and names are those of PEFT.
 """
 
 from collections.abc import Mapping, Sequence

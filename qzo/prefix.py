@@ -5,8 +5,7 @@ positions of the texts stay as they are. Where positions are rotations of keys, 
 are -n to -1, so that training starts from the model that has read those tokens first; elsewhere
 they are 0 to n - 1. The prefix is always visible, whatever a sliding window hides.
 
-Source: prefix tuning, arXiv 2101.00190; the start and zeroth order: MeZO, arXiv 2305.17333,
-appendix E.5.
+Source: prefix tuning, arXiv 2101.00190; the start and zeroth order: MeZO, arXiv 2305.17333.
 """
 
 import base64
