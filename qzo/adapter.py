@@ -1,27 +1,38 @@
-"""Adapters: the tuned scales alone, under the keys of the checkpoint.
+"""Adapters: the tuned tensors alone, under the keys of the checkpoint.
 
-``adapter_model.safetensors`` holds the scale tensors in the layout and dtype of the base;
-``adapter_config.json`` names the base and what was done.
+``adapter_model.safetensors`` holds scale tensors, and unquantized ones where they were trained, in
+the layout and dtype of the base; ``adapter_config.json`` names the base and what was done. LoRA is
+written as PEFT reads it; what QZO has to know besides is in ``qzo_adapter.json``.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
 
 from quantizers.weight import QuantizedWeight
 from qzo.checkpoint import Checkpoint
 from qzo.errors import CheckpointError
 from qzo.files import new_file, read_json, write_json
+from qzo.linear import Live
+from qzo.low_rank import adding_low_rank, file_key, peft_config
 from qzo.model import quant_linears
+from qzo.prefix import fixing_prefixes
 from qzo.scales import Scales
+from qzo.sections import UNQUANTIZED, Section
 from qzo.tensor_files import TensorFiles, tensor_bytes, write_safetensors
+from qzo.unquantized import replacing_tensors
 
 MODEL_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
+FROZEN = frozenset(("lora", "prefix"))  # keys of adapters that leave the base as it is
+_LORA_NAME = "qzo_adapter.json"
 _SNAPSHOT_NAME = "scales.safetensors"
 _STATE_NAME = "trainer_state.json"
 # Every direction moves every scale, so fewer mean that most updates were lost to rounding.
@@ -40,7 +51,7 @@ class Adapter:
     Attributes:
         folder: Its folder.
         config: ``adapter_config.json``.
-        tensors: Its scale tensors.
+        tensors: What was trained.
     """
 
     folder: Path
@@ -55,7 +66,9 @@ def open_adapter(folder: Path) -> Adapter:
         CheckpointError: There is none, or it is not one of QZO.
     """
     config = read_json(folder / CONFIG_NAME)
-    if config.get("peft_type") != "QZO":
+    if config.get("peft_type") == "LORA" and (folder / _LORA_NAME).is_file():
+        config |= read_json(folder / _LORA_NAME)
+    elif config.get("peft_type") != "QZO":
         raise CheckpointError(
             f"{folder / CONFIG_NAME}: expected peft_type 'QZO', got {config.get('peft_type')!r}"
         )
@@ -65,9 +78,28 @@ def open_adapter(folder: Path) -> Adapter:
                 f"{folder / CONFIG_NAME}: expected {key} of type {kind.__name__}, got "
                 f"{config.get(key)!r}"
             )
+    _check_tuned(folder, config)
     if not (folder / MODEL_NAME).is_file():
         raise CheckpointError(f"{folder / MODEL_NAME}: expected this file, not found")
     return Adapter(folder, config, TensorFiles(folder, [MODEL_NAME]))
+
+
+def _check_tuned(folder: Path, config: Mapping[str, Any]) -> None:
+    """Check what an adapter says of tensors that are no scales.
+
+    Raises:
+        CheckpointError: It is damaged.
+    """
+    keys, lora = config.get("unquantized", []), config.get("lora", {"rank": 1, "alpha": 1})
+    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+        raise CheckpointError(
+            f"{folder / CONFIG_NAME}: expected unquantized to be a list of keys, got {keys!r}"
+        )
+    values = [lora.get(key) for key in ("rank", "alpha")] if isinstance(lora, dict) else [None]
+    if not all(isinstance(value, int | float) and 0 < value < math.inf for value in values):
+        raise CheckpointError(
+            f"{folder / _LORA_NAME}: expected lora with rank and alpha above 0, got {lora!r}"
+        )
 
 
 def scale_tensors(checkpoint: Checkpoint, scales: Scales) -> dict[str, Tensor]:
@@ -80,15 +112,53 @@ def scale_tensors(checkpoint: Checkpoint, scales: Scales) -> dict[str, Tensor]:
     return result
 
 
+def adapter_tensors(checkpoint: Checkpoint, scales: Scales) -> dict[str, Tensor]:
+    """Return everything that was trained by key, as an adapter stores it."""
+    result = scale_tensors(checkpoint, scales)
+    for number, section in enumerate(scales.sections):
+        values = scales.tuned_section(number).cpu()
+        if section.kind in UNQUANTIZED:
+            result[section.name] = section.tuned(_stored(checkpoint, section), values)
+        else:
+            key = section.name if section.kind.startswith("prefix") else file_key(section)
+            result[key] = values.clone()
+    return result
+
+
+def unquantized_sha256(checkpoint: Checkpoint, sections: Sequence[Section]) -> str:
+    """Return a digest of the unquantized tensors of a base that sections change."""
+    changed = [section for section in sections if section.kind in UNQUANTIZED]
+    return _digest({section.name: _stored(checkpoint, section) for section in changed})
+
+
+def _stored(checkpoint: Checkpoint, section: Section) -> Tensor:
+    """Return the tensor of the base that a section changes.
+
+    Raises:
+        CheckpointError: There is none of its shape.
+    """
+    files = checkpoint.tensors.files
+    stored = checkpoint.tensors[section.name] if section.name in files else None
+    if stored is None or stored.shape[:1] != section.shape:
+        raise CheckpointError(
+            f"{section.name}: expected a tensor of {section.shape[0]} rows in the base, got "
+            f"{'none' if stored is None else tuple(stored.shape)}; the journal was changed"
+        )
+    return stored
+
+
 def changed_fraction(checkpoint: Checkpoint, scales: Scales) -> float:
-    """Return the fraction of trained scales that differ from the base in the file's dtype."""
+    """Return the fraction of trained scales that differ from the base in the file's dtype.
+
+    It is 1 where no scales were trained.
+    """
     changed = total = 0
     for index, layer in enumerate(scales.names):
         stored = checkpoint.weight(layer).scales
         tuned = scales.tuned(index).cpu().to(stored.dtype)
         changed += int((tuned != stored).sum())
         total += stored.numel()
-    return changed / total
+    return changed / total if total else 1.0
 
 
 def change_warnings(
@@ -122,15 +192,51 @@ def save_adapter(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[st
     """Write an adapter; the config comes last, so that an adapter with a config is complete."""
     with new_file(folder / MODEL_NAME) as partial:
         write_safetensors(partial, tensors.items())
-    write_json(folder / CONFIG_NAME, {"peft_type": "QZO", **config})
+    if "lora" in config:
+        write_json(folder / _LORA_NAME, config)
+        write_json(folder / CONFIG_NAME, peft_config(config))
+    else:
+        write_json(folder / CONFIG_NAME, {"peft_type": "QZO", **config})
 
 
-def apply_adapter(model: nn.Module, checkpoint: Checkpoint, adapter: Adapter) -> None:
-    """Let a model compute with the scales of an adapter; training still starts from its base."""
+def apply_adapter(model: PreTrainedModel, checkpoint: Checkpoint, adapter: Adapter) -> None:
+    """Let a model compute with the tensors of an adapter; training still starts from its base."""
     check_base(checkpoint, adapter.config)
-    for layer in quant_linears(model):
+    layers = quant_linears(model)
+    layers[0].live.fixed_prefixes = {}
+    layers[0].live.renew_hooks("adapter", _hooks(model, layers[0].live, adapter))
+    for layer in layers:
+        if not FROZEN.isdisjoint(adapter.config):
+            layer.tuned = None
+            continue
         tuned = tuned_weight(checkpoint, adapter, layer.name).scales
         layer.tuned = tuned.to(layer.quantized.scales.device)
+
+
+def _hooks(model: PreTrainedModel, live: Live, adapter: Adapter) -> list[RemovableHandle]:
+    if "lora" in adapter.config:
+        lora = adapter.config["lora"]
+        tensors = {key: adapter.tensors[key] for key in adapter.tensors.files}
+        return adding_low_rank(model, live, tensors, lora["alpha"] / lora["rank"])
+    if "prefix" in adapter.config:
+        tensors = {key: adapter.tensors[key] for key in adapter.tensors.files}
+        return fixing_prefixes(model, live, tensors)
+    return replacing_tensors(model, live, unquantized_tensors(adapter))
+
+
+def unquantized_tensors(adapter: Adapter) -> dict[str, Tensor]:
+    """Return the tensors of an adapter that are no scales, by key.
+
+    Raises:
+        CheckpointError: One of them is not there.
+    """
+    keys = adapter.config.get("unquantized", [])
+    missing = [key for key in keys if key not in adapter.tensors.files]
+    if missing:
+        raise CheckpointError(
+            f"{adapter.folder / MODEL_NAME}: expected {missing[0]} as in {CONFIG_NAME}, not found"
+        )
+    return {key: adapter.tensors[key] for key in keys}
 
 
 def tuned_weight(checkpoint: Checkpoint, adapter: Adapter, layer: str) -> QuantizedWeight:

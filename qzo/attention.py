@@ -21,6 +21,7 @@ _PLAIN_LAYERS = {"full_attention", "sliding_attention"}
 _SMALLEST_SHARE = 0.5  # of the longest text of a bucket; shorter ones go into the next
 
 Attend = Callable[..., tuple[Tensor, Any]]
+Prefixes = Callable[[nn.Module, Tensor], Sequence[Tensor] | None]
 
 
 @dataclass(frozen=True)
@@ -79,13 +80,17 @@ def can_pack(model: PreTrainedModel) -> bool:
 
 @contextmanager
 def packed_attention(
-    model: PreTrainedModel, rows: Callable[[], PackedRows | None]
+    model: PreTrainedModel,
+    rows: Callable[[], PackedRows | None],
+    prefixes: Prefixes | None = None,
 ) -> Iterator[None]:
     """Let a model compute on packed tokens while the block runs.
 
     Args:
         model: A model that ``can_pack``.
         rows: Tells which tokens form a text at the moment.
+        prefixes: Gives keys and values to put in front of texts, by the places of their first
+            tokens.
     """
     name, before = f"qzo_packed_{id(model)}", model.config._attn_implementation
     attend = ALL_ATTENTION_FUNCTIONS[before]
@@ -100,7 +105,7 @@ def packed_attention(
     ) -> tuple[Float[Tensor, "1 tokens heads width"], None]:
         packed = rows()
         assert packed is not None
-        return _attend(attend, packed, module, (query, key, value), options), None
+        return _attend(attend, packed, module, (query, key, value), options, prefixes), None
 
     ALL_ATTENTION_FUNCTIONS[name] = attend_packed
     model.config._attn_implementation = name
@@ -117,6 +122,7 @@ def _attend(
     module: nn.Module,
     states: Sequence[Float[Tensor, "1 _ tokens _"]],  # queries may have more heads
     options: dict[str, Any],
+    prefixes: Prefixes | None,
 ) -> Float[Tensor, "1 tokens heads width"]:
     by_token = [state[0].transpose(0, 1) for state in states]
     results = []
@@ -129,6 +135,9 @@ def _attend(
             for state in by_token
         ]
         mask = _window_mask(shape[1], options.get("sliding_window"), bucket.device)
+        prefix = None if prefixes is None else prefixes(module, bucket[:, 0])
+        if prefix is not None:
+            parts, mask = with_prefix(parts, prefix, mask)
         result, _ = attend(module, *parts, mask, **options)
         results.append(result.flatten(0, 1))
     flat = results[0] if len(results) == 1 else torch.cat(results)
@@ -144,3 +153,33 @@ def _window_mask(
     place = torch.arange(width, device=device)
     distance = place[:, None] - place[None, :]
     return ((distance >= 0) & (distance < window))[None, None]
+
+
+def with_prefix(
+    states: Sequence[Float[Tensor, "texts _ _ _"]],
+    prefix: Sequence[Float[Tensor, "texts heads n _"]],
+    mask: Tensor | None,
+) -> tuple[list[Float[Tensor, "texts _ _ _"]], Tensor | None]:
+    """Put keys and values in front of those of texts, visible to every token.
+
+    Args:
+        states: Queries, keys and values.
+        prefix: Keys and values.
+        mask: What tokens see of each other (bool, or float to be added); None: what is before them.
+
+    Returns:
+        The states, and the mask that goes with them.
+    """
+    query, *behind = states
+    joined = [
+        torch.cat((front.to(state.dtype), state), dim=2)
+        for front, state in zip(prefix, behind, strict=True)
+    ]
+    width = query.shape[2]
+    if mask is None and width > 1:
+        mask = torch.ones(width, width, dtype=torch.bool, device=query.device).tril()[None, None]
+    if mask is not None:
+        shape = (*mask.shape[:3], prefix[0].shape[2])
+        seen = mask.new_ones(shape) if mask.dtype == torch.bool else mask.new_zeros(shape)
+        mask = torch.cat((seen, mask), dim=3)
+    return [query, *joined], mask

@@ -25,15 +25,35 @@ def model_card(run: Path, adapter: Mapping[str, Any]) -> str:
         "",
         f"# {base}, fine-tuned with QZO",
         "",
-        f"Only the quantization scales differ from `{base}`; the 4-bit codes are byte for byte the "
-        f"same. {adapter['num_trained_values']} values were trained in {adapter['coordinates']} "
-        f"coordinates for {adapter['step']} steps with forward passes only "
-        "(QZO, arXiv 2505.13430).",
+        _summary(base, adapter),
         "",
         *_evaluation_lines(run / "metrics.jsonl"),
         *_recipe_lines(run / "recipe.yaml"),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _summary(base: str, adapter: Mapping[str, Any]) -> str:
+    number, steps = adapter["num_trained_values"], adapter["step"]
+    if "lora" in adapter:
+        return (
+            f"LoRA factors of rank {adapter['lora']['rank']} for `{base}`, whose 4-bit codes and "
+            f"scales stay the same. {number} values were trained for {steps} steps with forward "
+            "passes only (MeZO, arXiv 2305.17333). Load them with peft."
+        )
+    if "prefix" in adapter:
+        return (
+            f"A prefix of {adapter['prefix']['num_tokens']} tokens' keys and values for `{base}`, "
+            f"whose 4-bit codes and scales stay the same. {number} values were trained for {steps} "
+            "steps with forward passes only (MeZO, arXiv 2305.17333). Load them with qzo."
+        )
+    keys = ", ".join(f"`{key}`" for key in adapter.get("unquantized", ()))
+    also = f" and the unquantized tensors {keys}" if keys else ""
+    return (
+        f"Only the quantization scales{also} differ from `{base}`; the 4-bit codes are byte for "
+        f"byte the same. {number} values were trained in {adapter['coordinates']} "
+        f"coordinates for {steps} steps with forward passes only (QZO, arXiv 2505.13430)."
+    )
 
 
 def _evaluation_lines(path: Path) -> list[str]:

@@ -110,6 +110,13 @@ class ZOConfig(BaseModel):
     layer_scaling: Literal["none", "param_norm", "grad_norm"] = "none"
     layer_scaling_rule: Literal["variance", "expectation"] = "variance"
     max_skipped_steps: Int = Field(default=10, ge=1)
+    tuned: Literal["scales", "lora", "prefix"] = "scales"  # the others leave the scales as they are
+    unquantized: list[Literal["norms", "biases", "head"]] = []  # trained besides the scales
+    unquantized_factor: Float = Field(default=1.0, gt=0)  # of their directions: step factor**2
+    lora_rank: Int = Field(default=8, ge=1)
+    lora_alpha: Float = Field(default=16, gt=0)
+    lora_modules: list[str] = ["q_proj", "v_proj"]  # layers whose names hold one of these
+    prefix_tokens: Int = Field(default=5, ge=1)
 
     # Exact gradients for the scales of the last so many trained blocks, or of as many as have a
     # share of the importance that a profile finds; the other scales stay zeroth-order.
@@ -251,7 +258,13 @@ _LEARNING_RATES = {
         for name in ("spsa", "one_sided", "rloo", "spsa_1_5", "forward_gradient")
         for coordinates, rate in _SPSA_RATES.items()
     },
+    ("per_example", "lora"): 1e-2,
+    ("spsa", "lora"): 1e-4,  # MeZO, arXiv 2305.17333, its grid for OPT
+    ("per_example", "prefix"): 1e-2,
+    ("spsa", "prefix"): 1e-3,  # as above, with this epsilon
 }
+
+_EPSILONS = {"prefix": 1e-1}  # MeZO, as above
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -328,8 +341,11 @@ def recipe(values: Mapping[str, Any]) -> Recipe:
         raise ConfigError(f"zo: expected keys and values, got {type(zo).__name__}")
     defaults = PRESETS[preset]
     zo = {**defaults.get("zo", {}), **zo}
-    kind = (zo.get("estimator", "per_example"), zo.get("coordinates", "row"))
+    tuned = zo.get("tuned", "scales")
+    place = zo.get("coordinates", "row") if tuned == "scales" else tuned
+    kind = (zo.get("estimator", "per_example"), place)
     rate = next((rate for key, rate in _LEARNING_RATES.items() if key == kind), 5e-2)
+    zo = {**({"epsilon": _EPSILONS[place]} if place in _EPSILONS else {}), **zo}
     merged = {"learning_rate": rate, **defaults, **values, "zo": zo}
     try:
         result = Recipe.model_validate(merged)
@@ -415,6 +431,7 @@ def _check_together(values: Recipe) -> None:
     _check_estimator(values)
     _check_optimizer(values.zo)
     _check_exact(values)
+    _check_tuned(values.zo)
 
 
 def _check_estimator(values: Recipe) -> None:
@@ -496,3 +513,20 @@ def _check_exact(values: Recipe) -> None:
             "zo.first_order_learning_rate: expected a number with zo.first_order_optimizer 'sgd', "
             "got none"
         )
+    if (is_forward or zo.has_first_order) and (zo.tuned != "scales" or zo.unquantized):
+        key, got = ("tuned", zo.tuned) if zo.tuned != "scales" else ("unquantized", zo.unquantized)
+        raise ConfigError(
+            f"zo.{key}: expected scales alone with exact derivatives, got {got!r}; leave it out"
+        )
+
+
+def _check_tuned(zo: ZOConfig) -> None:
+    if zo.tuned == "scales":
+        return
+    for key in ("unquantized", "modules"):
+        hint = "; use zo.lora_modules" if (zo.tuned, key) == ("lora", "modules") else ""
+        if getattr(zo, key):
+            raise ConfigError(
+                f"zo.{key}: expected none with zo.tuned {zo.tuned!r}, got {getattr(zo, key)}; "
+                f"it goes with 'scales'{hint}"
+            )

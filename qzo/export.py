@@ -1,4 +1,4 @@
-"""The way out: the base checkpoint with the tuned scales, everything else byte for byte.
+"""The way out: the base checkpoint with the tuned tensors, everything else byte for byte.
 
 Works from files. The result is loaded again and its loss compared with the trained model's before
 the export counts as done.
@@ -12,10 +12,17 @@ from tempfile import TemporaryDirectory
 
 from torch import Tensor
 
-from qzo.adapter import CONFIG_NAME, Adapter, check_base, open_adapter, tuned_weight
+from qzo.adapter import (
+    CONFIG_NAME,
+    Adapter,
+    check_base,
+    open_adapter,
+    tuned_weight,
+    unquantized_tensors,
+)
 from qzo.card import model_card
 from qzo.checkpoint import Checkpoint, open_checkpoint
-from qzo.errors import CheckpointError
+from qzo.errors import CheckpointError, ConfigError
 from qzo.evaluate import evaluate
 from qzo.files import new_folder, read_json, write_json
 from qzo.model import load_checkpoint, quant_linears
@@ -38,12 +45,14 @@ class Exported:
         num_changed: Scale tensors that come from the run.
         trained_loss: The trained model's loss on the reference examples; None without any.
         exported_loss: The loss of the files that were written.
+        unquantized: Keys of the other tensors that come from the run.
     """
 
     folder: Path
     num_changed: int
     trained_loss: float | None
     exported_loss: float | None
+    unquantized: tuple[str, ...] = ()
 
 
 def export(run: str | Path, out: str | Path, *, base: str | None = None) -> Exported:
@@ -60,11 +69,32 @@ def export(run: str | Path, out: str | Path, *, base: str | None = None) -> Expo
             replay(folder, out=Path(temporary) / "adapter", base=base)
             folder = Path(temporary) / "adapter"
         adapter = open_adapter(folder)
+        _check_folds(adapter, str(run))
         checkpoint = open_checkpoint(base or adapter.config["base_model_name_or_path"])
         check_base(checkpoint, adapter.config)
         _write_files(checkpoint, adapter, partial)
         trained, exported = _compare(folder, partial)
-    return Exported(target, len(adapter.tensors.files), trained, exported)
+    unquantized = tuple(unquantized_tensors(adapter))
+    num_scales = len(adapter.tensors.files) - len(unquantized)
+    return Exported(target, num_scales, trained, exported, unquantized)
+
+
+def _check_folds(adapter: Adapter, run: str) -> None:
+    """Refuse what is no part of a checkpoint.
+
+    Raises:
+        ConfigError: The adapter holds LoRA factors or a prefix.
+    """
+    if "lora" in adapter.config:
+        raise ConfigError(
+            f"{run}: expected trained scales, got LoRA factors, which do not fold into 4-bit "
+            "codes; load the run with peft, or with qzo eval and generate --adapter"
+        )
+    if "prefix" in adapter.config:
+        raise ConfigError(
+            f"{run}: expected trained scales, got a prefix, which no checkpoint holds; load the "
+            "run with qzo eval and generate --adapter"
+        )
 
 
 def _write_files(checkpoint: Checkpoint, adapter: Adapter, folder: Path) -> None:
@@ -82,7 +112,7 @@ def _write_files(checkpoint: Checkpoint, adapter: Adapter, folder: Path) -> None
 
 
 def _replaced_tensors(checkpoint: Checkpoint, adapter: Adapter) -> dict[str, Tensor | None]:
-    """Return what stands in the place of each key of the quantized layers; None: dropped."""
+    """Return what stands in the place of each key that the run changed; None: dropped."""
     replaced: dict[str, Tensor | None] = {}
     for layer in checkpoint.layers:
         keys = checkpoint.layer_keys(layer)
@@ -90,7 +120,7 @@ def _replaced_tensors(checkpoint: Checkpoint, adapter: Adapter) -> dict[str, Ten
         tuned = tuned_weight(checkpoint, adapter, layer)
         repacked = checkpoint.format.repack_scales(stored, tuned.scales.float(), layer)
         replaced |= {key: repacked.get(role) for role, key in keys.items()}
-    return replaced
+    return replaced | unquantized_tensors(adapter)
 
 
 def _entries(

@@ -11,6 +11,7 @@ from itertools import pairwise
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from quantizers.weight import QuantizedWeight
 from qzo.attention import PackedRows
@@ -67,6 +68,11 @@ class Live:
         bounds: Tokens of probe ``p`` are ``bounds[p]`` to ``bounds[p + 1]``; None: one probe.
         attention: Which tokens see which, or None: the rows of the batch as they are.
         forked: The decoder blocks whose tokens are repeated once per probe; see ``stack``.
+        sections: Gives what is trained besides scales by its place: a set of values per probe.
+        trained_prefixes: Number of the section with the keys of an attention layer; that with its
+            values follows.
+        fixed_prefixes: Keys and values in front of the texts outside of training.
+        hooks: Of modules that see ``sections`` or an adapter, by who put them there.
     """
 
     effective: Callable[[int], EffectiveScales] | None = None
@@ -74,6 +80,21 @@ class Live:
     attention: PackedRows | None = None
     forked: Sequence[nn.Module] = ()
     buffers: dict[str, Tensor] = field(default_factory=dict)
+    sections: Callable[[int], Float[Tensor, "probes ..."]] | None = None
+    trained_prefixes: dict[nn.Module, int] = field(default_factory=dict)
+    fixed_prefixes: dict[nn.Module, Sequence[Tensor]] = field(default_factory=dict)
+    hooks: dict[str, Sequence[RemovableHandle]] = field(default_factory=dict)
+
+    @property
+    def has_prefixes(self) -> bool:
+        """Tell whether an attention layer may see a prefix."""
+        return bool(self.trained_prefixes or self.fixed_prefixes)
+
+    def renew_hooks(self, owner: str, hooks: Sequence[RemovableHandle]) -> None:
+        """Keep the hooks of an owner and remove those that it had before."""
+        for hook in self.hooks.get(owner, ()):
+            hook.remove()
+        self.hooks[owner] = hooks
 
     def buffer(self, name: str, count: int, device: torch.device) -> Float[Tensor, " n"]:
         """Return a scratch buffer that all layers share."""
@@ -131,7 +152,7 @@ class QuantLinear(nn.Module):
     def _product(self, x: Float[Tensor, "tokens in"]) -> Float[Tensor, "tokens out"]:
         effective = self._effective()
         num_probes = 1 if effective is None else effective.num_probes
-        bounds = self._bounds(len(x), num_probes)
+        bounds = token_bounds(self.name, self.live, len(x), num_probes)
         is_exact = is_differentiated(x, *_trained(effective))
         if isinstance(effective, Multipliers) and effective.columns is not None:
             columns = effective.columns[:, self.quantized.input_groups]
@@ -212,23 +233,6 @@ class QuantLinear(nn.Module):
             return self.live.effective(self.index) if self.index >= 0 else None
         return None if self.tuned is None else ProbeScales([self.tuned.float()])
 
-    def _bounds(self, num_tokens: int, num_probes: int) -> Sequence[int]:
-        """Return the bounds of the probes.
-
-        Raises:
-            CheckpointError: Nothing says which token belongs to which probe.
-        """
-        if num_probes == 1:
-            return (0, num_tokens)
-        bounds = self.live.bounds
-        if bounds is None or len(bounds) != num_probes + 1 or bounds[-1] != num_tokens:
-            expected = "one probe" if bounds is None else f"{bounds[-1]} tokens"
-            raise CheckpointError(
-                f"{self.name}: expected {expected} of {num_probes} probes, got {num_tokens}; a "
-                "layer that sees only some tokens, as in a mixture of experts, cannot be trained"
-            )
-        return bounds
-
     def _file_product(
         self, x: Float[Tensor, "tokens in"], rows: slice, y: Float[Tensor, "tokens out"]
     ) -> None:
@@ -267,6 +271,24 @@ def _trained(effective: EffectiveScales | None) -> Sequence[Tensor]:
     if isinstance(effective, ProbeScales):
         return effective.scales
     return [factors for factors in (effective.rows, effective.columns) if factors is not None]
+
+
+def token_bounds(name: str, live: Live, num_tokens: int, num_probes: int) -> Sequence[int]:
+    """Return where each probe begins among the tokens that a module sees, and the end.
+
+    Raises:
+        CheckpointError: Nothing says which token belongs to which probe.
+    """
+    if num_probes == 1:
+        return (0, num_tokens)
+    bounds = live.bounds
+    if bounds is None or len(bounds) != num_probes + 1 or bounds[-1] != num_tokens:
+        expected = "one probe" if bounds is None else f"{bounds[-1]} tokens"
+        raise CheckpointError(
+            f"{name}: expected {expected} of {num_probes} probes, got {num_tokens}; a "
+            "layer that sees only some tokens, as in a mixture of experts, cannot be trained"
+        )
+    return bounds
 
 
 def _multiply(

@@ -124,7 +124,11 @@ def _num_quantized(module: nn.Module) -> int:
 
 
 def trained_layers(
-    model: PreTrainedModel, num_blocks: int | None, modules: Sequence[str] | None = None
+    model: PreTrainedModel,
+    num_blocks: int | None,
+    modules: Sequence[str] | None = None,
+    *,
+    key: str = "zo.modules",
 ) -> list[QuantLinear]:
     """Choose the layers to train and let stacked forwards fork in front of the first of them.
 
@@ -132,6 +136,7 @@ def trained_layers(
         model: Model with quantized layers; its fork is moved.
         num_blocks: Train the last so many decoder blocks, None for all; and a quantized head.
         modules: Train only layers whose names hold one of these texts, None for all.
+        key: Where the recipe says so.
 
     Returns:
         The layers, in the order of the trained vector; all others see the scales of the file.
@@ -157,8 +162,7 @@ def trained_layers(
     ]
     if not chosen:
         raise ConfigError(
-            f"zo.modules: expected a part of a layer's name, such as {layers[-1].name!r}, got "
-            f"{modules}"
+            f"{key}: expected a part of a layer's name, such as {layers[-1].name!r}, got {modules}"
         )
     return chosen
 

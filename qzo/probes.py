@@ -102,3 +102,12 @@ BASIS_NUMBER = 2**24 - 1
 def basis_seed(run_seed: int, step: int, basis_steps: int) -> int:
     """Return the seed of what the directions of ``basis_steps`` consecutive steps share."""
     return direction_seed(run_seed, step // basis_steps, BASIS_NUMBER)
+
+
+# No run has as many steps: the seeds of its directions are others.
+_START_STEP = 2**39
+
+
+def start_seed(run_seed: int, number: int) -> int:
+    """Return the seed of what section ``number`` of the trained vector starts from."""
+    return direction_seed(run_seed, _START_STEP, number)

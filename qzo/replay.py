@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from qzo.adapter import Adapter, open_adapter, save_adapter, scale_tensors
+from qzo.adapter import Adapter, adapter_tensors, open_adapter, save_adapter, unquantized_sha256
 from qzo.checkpoint import Checkpoint, open_checkpoint
 from qzo.directions import GENERATOR
 from qzo.errors import CheckpointError, ConfigError
@@ -25,8 +25,10 @@ from qzo.journal import (
     open_record,
 )
 from qzo.layer_scaling import stretch_scales
+from qzo.low_rank import lora_config
 from qzo.optimizers import Optimizer, make_optimizer
 from qzo.scales import Scales
+from qzo.sections import UNQUANTIZED, sections_of
 from qzo.tensor_files import tensor_bytes
 
 
@@ -82,10 +84,11 @@ def replay(
         coordinates=journal.header["coordinates"],
         direction=journal.header["direction"],
         direction_settings=direction_settings_of(journal.header),
+        sections=sections_of(journal.header),
     )
     optimizer = optimizer_of(journal.header)
     steps, checked = apply_journal(journal, scales, optimizer, to_step=to_step)
-    tensors = scale_tensors(checkpoint, scales)
+    tensors = adapter_tensors(checkpoint, scales)
     if has_adapter:
         _compare(open_adapter(folder), tensors, steps)
         return Replayed(steps, checked, scales.fingerprint(), "equal")
@@ -219,10 +222,12 @@ def base_of(header: Mapping[str, Any], base: str | None = None) -> Checkpoint:
             f"journal: expected generator {GENERATOR!r}, got {header.get('generator')!r}"
         )
     checkpoint = open_checkpoint(base or header["base"])
+    sections = sections_of(header)
     for key, got in (
         ("layers", [layer for layer in header.get("layers", []) if layer in checkpoint.layers]),
         ("codes_sha256", checkpoint.codes_sha256()),
         ("scales_sha256", checkpoint.scales_sha256()),
+        ("unquantized_sha256", unquantized_sha256(checkpoint, sections) if sections else None),
     ):
         if header.get(key) != got:
             raise CheckpointError(
@@ -234,6 +239,9 @@ def base_of(header: Mapping[str, Any], base: str | None = None) -> Checkpoint:
 
 def adapter_config(header: Mapping[str, Any], checkpoint: Checkpoint, step: int) -> dict[str, Any]:
     """Return ``adapter_config.json`` for the scales after a number of steps."""
+    sections = sections_of(header)
+    unquantized = [section.name for section in sections if section.kind in UNQUANTIZED]
+    prefixes = [section for section in sections if section.kind == "prefix_key"]
     return {
         "base_model_name_or_path": str(checkpoint.folder.resolve()),
         "format": checkpoint.format.QUANT_METHOD,
@@ -243,4 +251,7 @@ def adapter_config(header: Mapping[str, Any], checkpoint: Checkpoint, step: int)
         "step": step,
         "num_trained_values": header["num_values"],
         "qzo_version": header["qzo_version"],
+        **({"unquantized": unquantized} if unquantized else {}),
+        **({"prefix": {"num_tokens": prefixes[0].shape[1]}} if prefixes else {}),
+        **lora_config(sections),
     }

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedModel, TrainerCallback
 
+from qzo.adapter import apply_adapter, open_adapter
 from qzo.card import model_card
 from qzo.checkpoint import Checkpoint, open_checkpoint
 from qzo.config import Recipe
 from qzo.errors import ConfigError
 from qzo.estimators import evaluations_per_example
 from qzo.examples import ExampleSet, read_set, split_records
-from qzo.files import read_json, write_bytes
+from qzo.files import write_bytes
 from qzo.interrupts import explained_bus_errors
 from qzo.memory import parse_memory
 from qzo.model import Progress, load_checkpoint, load_tokenizer
@@ -84,7 +85,7 @@ def _train(
     if not ranks.is_first:
         return None
     folder = Path(recipe.output_dir)
-    card = model_card(folder, read_json(folder / "adapter_config.json"))
+    card = model_card(folder, open_adapter(folder).config)
     write_bytes(folder / "README.md", card.encode("utf-8"))
     plot_run(folder)
     return result
@@ -275,8 +276,6 @@ def evaluation_model(
     base: str, adapter: str | None, device: str | None
 ) -> tuple[PreTrainedModel, Checkpoint]:
     """Load a checkpoint, with the scales of a run if one is named."""
-    from qzo.adapter import apply_adapter, open_adapter
-
     checkpoint = open_checkpoint(base)
     model = load_checkpoint(checkpoint, None, device_of(device))
     if adapter is not None:

@@ -10,6 +10,7 @@ import torch
 import transformers
 import yaml
 
+from qzo.adapter import unquantized_sha256
 from qzo.checkpoint import Checkpoint
 from qzo.config import Recipe
 from qzo.directions import GENERATOR
@@ -22,6 +23,7 @@ from qzo.journal import Journal
 from qzo.ranks import Ranks
 from qzo.rewards import WRITTEN
 from qzo.scales import Scales
+from qzo.sections import Section
 from qzo.version import __version__
 
 REFERENCE_NAME = "reference.json"
@@ -53,6 +55,7 @@ def header_of(
         "questions_sha256": train_set.questions_sha256() if config.objective in WRITTEN else None,
         "layers": scales.names,
         "num_values": len(scales),
+        **_sections(checkpoint, scales.sections),
         "coordinates": config.zo.coordinates,
         "direction": config.zo.direction,
         "direction_settings": config.zo.direction_settings.to_dict(),
@@ -63,6 +66,13 @@ def header_of(
         "seed": config.seed,
         "recipe": config.model_dump(mode="json"),
     }
+
+
+def _sections(checkpoint: Checkpoint, sections: Sequence[Section]) -> dict[str, Any]:
+    if not sections:
+        return {}
+    digest = unquantized_sha256(checkpoint, sections)
+    return {"sections": [s.to_dict() for s in sections], "unquantized_sha256": digest}
 
 
 # Keys that may change when a run continues: they do not change the numbers.
@@ -82,6 +92,7 @@ _COMPARED = {
     "data_sha256": "data: the digest of the training examples differs from",
     "questions_sha256": "data: the digest of prompts, answers or other columns differs from",
     "generator": "qzo_version: the generator of directions differs from",
+    "unquantized_sha256": "model: unquantized_sha256 of the base differs from",
 }
 
 
@@ -168,7 +179,7 @@ def _check_same(
     whose: str,
 ) -> None:
     for key, message in compared.items():
-        if old.get(key) != new[key]:
+        if old.get(key) != new.get(key):
             raise CheckpointError(f"{message} that of {whose}")
     for key, want, got in differing(_with_defaults(old["recipe"]), new["recipe"], free):
         raise ConfigError(f"{key}: expected {want!r} as in {whose}, got {got!r}")

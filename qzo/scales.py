@@ -4,6 +4,8 @@
 
 A probe evaluates at ``v + offset * z(seed)``. That sum is made for the layer at hand and thrown
 away: the master is never perturbed, so nothing has to be restored.
+
+Behind the values of the layers lie the sections of what else is trained (``sections``).
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,6 +27,7 @@ from qzo.errors import CheckpointError, ConfigError
 from qzo.laws import Law, Part
 from qzo.linear import EffectiveScales, Live, Multipliers, ProbeScales, QuantLinear
 from qzo.probes import DirectionalDerivative, Probe
+from qzo.sections import Section
 from qzo.sums import norm
 from qzo.tensor_files import tensor_bytes
 
@@ -59,6 +62,8 @@ class Scales:
         coordinates: How the vector becomes effective scales.
         direction: Law of the directions.
         direction_settings: What else the law is told.
+        sections: What else is trained.
+        device: Where the master lies if no layer says so.
 
     Attributes:
         values: The fp32 master.
@@ -84,21 +89,26 @@ class Scales:
         coordinates: Coordinates,
         direction: LawName,
         direction_settings: DirectionSettings = PLAIN,
+        sections: Sequence[Section] = (),
+        device: torch.device | str = "cpu",
     ) -> None:
         self.names = list(names)
+        self.sections = tuple(sections)
         self.coordinates = coordinates
         self.direction: LawName = direction
         self._file_scales = list(file_scales)
-        self._bounds = [0, *accumulate(num_values(coordinates, *s.shape) for s in file_scales)]
+        sizes = [num_values(coordinates, *stored.shape) for stored in file_scales]
+        self._bounds = [0, *accumulate([*sizes, *(section.size for section in sections)])]
         self.law = Law(direction, direction_settings, self._parts(), file_scales)
-        device = file_scales[0].device
+        device = file_scales[0].device if file_scales else device
         self.values = torch.empty(self._bounds[-1], dtype=torch.float32, device=device)
         self.stretch: Float[Tensor, " size"] | None = None
         self.update_stretch: Float[Tensor, " size"] | None = None
         self.optimizer_stretch: Float[Tensor, " size"] | None = None
         self.tilt: Tilt | None = None
         self.still: Sequence[tuple[int, int]] = ()
-        self._window: tuple[Sequence[Probe], int, int, Tensor] | None = None
+        # One of the layers and one of the sections: a forward pass goes through both side by side.
+        self._windows: dict[bool, tuple[Sequence[Probe], int, int, Tensor]] = {}
         self.reset()
 
     @classmethod
@@ -110,6 +120,7 @@ class Scales:
         coordinates: Coordinates,
         direction: LawName,
         direction_settings: DirectionSettings = PLAIN,
+        sections: Sequence[Section] = (),
     ) -> "Scales":
         """Read the scales of some layers of a checkpoint, without a model."""
         weights = [checkpoint.weight(layer) for layer in names]
@@ -120,6 +131,7 @@ class Scales:
             coordinates=coordinates,
             direction=direction,
             direction_settings=direction_settings,
+            sections=sections,
         )
 
     @classmethod
@@ -130,6 +142,8 @@ class Scales:
         coordinates: Coordinates,
         direction: LawName,
         direction_settings: DirectionSettings = PLAIN,
+        sections: Sequence[Section] = (),
+        device: torch.device | str = "cpu",
     ) -> "Scales":
         """Take over the scales of a model's layers and number the layers."""
         names = [layer.name for layer in layers]
@@ -143,6 +157,8 @@ class Scales:
             coordinates=coordinates,
             direction=direction,
             direction_settings=direction_settings,
+            sections=sections,
+            device=device,
         )
 
     def _parts(self) -> list[Part]:
@@ -154,6 +170,8 @@ class Scales:
         ):
             shape = (out, groups) if has_matrices else None
             parts.append(Part(name, self._bounds[i], self._bounds[i + 1], shape))
+        for i, section in enumerate(self.sections, start=len(parts)):
+            parts.append(Part(section.name, self._bounds[i], self._bounds[i + 1], None))
         return parts
 
     def __len__(self) -> int:
@@ -164,12 +182,13 @@ class Scales:
     def shifted(self, live: Live, probes: Sequence[Probe]) -> Iterator[None]:
         """Let the layers see the scales at the probes while the block runs."""
         live.effective = lambda layer: self.effective(layer, probes)
-        self._window = None
+        live.sections = lambda number: self.section(number, probes)
+        self._windows.clear()
         try:
             yield
         finally:
-            live.effective = None
-            self._window = None
+            live.effective = live.sections = None
+            self._windows.clear()
 
     @contextmanager
     def with_tangents(self, live: Live, probes: Sequence[Probe]) -> Iterator[None]:
@@ -241,6 +260,18 @@ class Scales:
         """Return the Euclidean norm of the scales in the file, by layer."""
         return [norm(stored.reshape(-1)) for stored in self._file_scales]
 
+    def section(self, number: int, probes: Sequence[Probe]) -> Float[Tensor, "probes ..."]:
+        """Return the values of one section at every probe, times their unit."""
+        section = self.sections[number]
+        values = self._shifted_values(len(self.names) + number, probes)
+        shaped = values.view(len(probes), *section.shape)
+        return shaped if section.unit == 1 else shaped * section.unit
+
+    def tuned_section(self, number: int) -> Float[Tensor, "..."]:
+        """Return the values of one section at the master."""
+        start, stop = self._bounds[len(self.names) + number :][:2]
+        return self.values[start:stop].view(self.sections[number].shape)
+
     def _factors(
         self, layer: int, values: Float[Tensor, "probes length"]
     ) -> tuple[Float[Tensor, "probes out"] | None, Float[Tensor, "probes groups"] | None]:
@@ -283,13 +314,13 @@ class Scales:
     def unstretched(
         self, keys: Sequence[Probe] | Sequence[DirectionalDerivative], start: int, stop: int
     ) -> Float[Tensor, "keys length"]:
-        """Return elements of one direction per key, before they are multiplied by anything."""
+        """Return elements of one direction per key, before they are stretched."""
         z = self.law.draw(keys, start, stop, self.values.device)
         if self.tilt is not None:
             z = z * self.tilt.across + self.tilt.axis[start:stop] * self.tilt.along
         for first, last in self.still:
             z[:, max(first - start, 0) : max(min(last, stop) - start, 0)] = 0
-        return z
+        return self._by_section(z, start, stop)
 
     def stretched_for_step(
         self, slope: Float[Tensor, " length"], start: int, stop: int
@@ -299,17 +330,28 @@ class Scales:
         return slope if factor is None else slope * factor[start:stop]
 
     def by_layer(self, numbers: Sequence[float]) -> Float[Tensor, " size"]:
-        """Return a vector that has one number on every layer."""
-        result = torch.empty_like(self.values)
-        for number, (start, stop) in zip(numbers, pairwise(self._bounds), strict=True):
+        """Return a vector that has one number on every layer, and 1 elsewhere."""
+        result = torch.ones_like(self.values)
+        for number, (start, stop) in zip(numbers, pairwise(self._bounds), strict=False):
             result[start:stop] = number
         return result
 
+    def _by_section(
+        self, z: Float[Tensor, "keys length"], start: int, stop: int
+    ) -> Float[Tensor, "keys length"]:
+        """Multiply what lies in the sections by their factors; ``z`` is modified."""
+        for number, section in enumerate(self.sections):
+            first, last = self._bounds[len(self.names) + number :][:2]
+            if section.factor != 1 and first < stop and start < last:
+                z[:, max(first - start, 0) : last - start] *= section.factor
+        return z
+
     def move(self, start: int, stop: int, change: Float[Tensor, " length"]) -> None:
-        """Add to a part of the master; no value goes below 0 (QZO, algorithm 1)."""
-        self._window = None
+        """Add to a part of the master; no value of a layer goes below 0 (QZO, algorithm 1)."""
+        self._windows.clear()
         part = self.values[start:stop]
-        part.add_(change).clamp_(min=0)
+        part.add_(change)
+        part[: max(self._bounds[len(self.names)] - start, 0)].clamp_(min=0)
 
     def fingerprint(self) -> str:
         """Return the sha256 of the master's bytes."""
@@ -317,12 +359,27 @@ class Scales:
 
     def reset(self) -> None:
         """Set the master to where training starts: the scales of the file."""
-        self._window = None
+        self._windows.clear()
+        for number, section in enumerate(self.sections):
+            self.tuned_section(number).copy_(section.start())
         if self.coordinates != "absolute":
-            self.values.fill_(1.0)
+            self.values[: self._bounds[len(self.names)]] = 1.0
             return
         for start, stored in zip(self._bounds, self._file_scales, strict=False):
             self.values[start : start + stored.numel()] = stored.float().reshape(-1)
+
+    def take_sections(self, sections: Sequence[Section]) -> None:
+        """Take over the sections of a journal: their starts may come from another computer.
+
+        Raises:
+            CheckpointError: They are others.
+        """
+        if [(s.name, s.shape) for s in sections] != [(s.name, s.shape) for s in self.sections]:
+            raise CheckpointError(
+                "journal: expected the sections of this recipe and model, got others; the journal "
+                "was changed, or the model is another one"
+            )
+        self.sections = tuple(sections)
 
     def restore(self, values: Float[Tensor, " size"]) -> None:
         """Set the master to stored values.
@@ -335,21 +392,22 @@ class Scales:
                 f"trained vector: expected {len(self)} values, got {values.numel()}; was it made "
                 "from another base or with other coordinates?"
             )
-        self._window = None
+        self._windows.clear()
         self.values.copy_(values)
 
     def _shifted_values(
         self, layer: int, probes: Sequence[Probe]
     ) -> Float[Tensor, "probes length"]:
-        """Return ``v + offset z`` of one layer, from a window of consecutive layers."""
+        """Return ``v + offset z`` of one layer or section, from a window of consecutive ones."""
         start, stop = self._bounds[layer], self._bounds[layer + 1]
-        if self._window is None or not (
-            self._window[0] == probes and self._window[1] <= start < stop <= self._window[2]
-        ):
+        kind = layer >= len(self.names)
+        window = self._windows.get(kind)
+        if window is None or not (window[0] == probes and window[1] <= start < stop <= window[2]):
             first = start // WINDOW * WINDOW  # the same windows whatever the order of the layers
             last = min(max(first + WINDOW, stop), len(self))
-            self._window = (probes, first, last, self._shift(probes, first, last))
-        _, offset, _, shifted = self._window
+            window = (probes, first, last, self._shift(probes, first, last))
+            self._windows[kind] = window
+        _, offset, _, shifted = window
         return shifted[:, start - offset : stop - offset]
 
     def _shift(

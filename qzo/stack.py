@@ -12,6 +12,7 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -24,6 +25,7 @@ from transformers import PreTrainedModel
 from qzo.attention import PackedRows, pack_rows, packed_attention
 from qzo.encoding import EncodedExample
 from qzo.linear import Live
+from qzo.prefix import prefixes_of_texts
 
 Text = Sequence[int]  # token ids
 
@@ -236,11 +238,12 @@ def exact_scores(
 def _answer_logits(
     model: PreTrainedModel, live: Live, stack: Stack
 ) -> Float[Tensor, "answers vocabulary"]:
+    prefixes = partial(prefixes_of_texts, live) if live.has_prefixes else None
     with ExitStack() as context:
         context.enter_context(_forked(live, stack))
         context.enter_context(_head_sees(model, live, stack))
         if stack.front.attention is not None:
-            context.enter_context(packed_attention(model, lambda: live.attention))
+            context.enter_context(packed_attention(model, lambda: live.attention, prefixes))
         logits: Tensor = model(
             input_ids=stack.input_ids, position_ids=stack.position_ids, use_cache=False
         ).logits

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from qzo import estimators
 from qzo.adapter import (
     Snapshot,
+    adapter_tensors,
     apply_adapter,
     change_warnings,
     changed_fraction,
@@ -27,7 +28,6 @@ from qzo.adapter import (
     read_snapshot,
     save_adapter,
     save_snapshot,
-    scale_tensors,
 )
 from qzo.callbacks import Events
 from qzo.config import Recipe
@@ -46,9 +46,8 @@ from qzo.hybrid import PROFILE_FORWARDS, first_order_header, write_importance
 from qzo.interrupts import stop_signals
 from qzo.journal import Fingerprint, GradientNote, Journal, Step
 from qzo.layer_scaling import factors_of, gradient_norms, relative_sizes, stretch_scales, stretches
-from qzo.linear import Live
 from qzo.metrics import CLOSING_KEY, Metrics, Window
-from qzo.model import decoder_blocks, trained_layers
+from qzo.model import decoder_blocks
 from qzo.objective import Batch, Objective
 from qzo.optimizers import make_optimizer
 from qzo.probes import DirectionalDerivative, Probe, forwards_of
@@ -56,8 +55,9 @@ from qzo.ranks import Ranks, Wish
 from qzo.replay import adapter_config, apply_journal, check_fingerprint
 from qzo.rewards import WRITTEN, ObjectiveName, RewardFunction, check_objective, reward_name
 from qzo.run_folder import begin, header_of, open_journal, write_reference
-from qzo.scales import Scales
 from qzo.schedules import learning_rate
+from qzo.sections import sections_of
+from qzo.tuned import trained_vector
 from qzo.wrap import checkpoint_of, tokenizer_of
 
 FINGERPRINT_STEPS = 100
@@ -145,14 +145,7 @@ class Trainer:
         self._ranks = ranks or Ranks.join(model.device)
         _check_exact(model, config, self._ranks)
         self.folder = Path(config.output_dir)
-        layers = trained_layers(model, config.zo.num_blocks, config.zo.modules)
-        self._live: Live = layers[0].live
-        self.scales = Scales.of_layers(
-            layers,
-            coordinates=config.zo.coordinates,
-            direction=config.zo.direction,
-            direction_settings=config.zo.direction_settings,
-        )
+        self._live, self.scales = trained_vector(model, config.zo, config.seed)
         self.estimator = make_estimator(config)
         self.optimizer = make_optimizer(config.zo.optimizer, config.zo.optimizer_settings)
         self._stretches: dict[str, list[float]] | None = None
@@ -429,6 +422,8 @@ class Trainer:
 
         Only the first process has snapshots; the others replay the journal from its start.
         """
+        if journal.is_on_disk:
+            self.scales.take_sections(sections_of(journal.header))
         self.scales.reset()
         self.optimizer.restore({})
         if self._first_order is not None:
@@ -622,7 +617,7 @@ class Trainer:
         return Result(steps, best_step, before, after, changed, skipped, seconds, warnings)
 
     def _write_adapter(self, journal: Journal, step: int) -> None:
-        tensors: dict[str, Tensor] = scale_tensors(self.checkpoint, self.scales)
+        tensors: dict[str, Tensor] = adapter_tensors(self.checkpoint, self.scales)
         reference = ExampleSet(self._reference.examples, self._reference.loss)
         loss = self._evaluation(reference, Ranks(), "loss").loss
         write_reference(self.folder, self._reference, loss)

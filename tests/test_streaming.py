@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from qzo import pages
+from qzo.adapter import apply_adapter, open_adapter
 from qzo.checkpoint import open_checkpoint
 from qzo.errors import ConfigError
 from qzo.generation import Generator
@@ -92,6 +93,28 @@ def test_a_streamed_model_writes_what_the_resident_one_writes(base: Path) -> Non
 
     assert texts[0] == texts[1]
     assert texts[0][0] != texts[0][1]
+
+
+@pytest.mark.parametrize(
+    "zo", [{"unquantized": ["norms", "head"]}, {"tuned": "lora"}, {"tuned": "prefix"}], ids=str
+)
+def test_a_streamed_run_trains_what_is_no_scale_alike(tmp_path: Path, zo: dict[str, Any]) -> None:
+    base = tmp_path / "base"
+    write_gptq(base, wide_model())
+    want = losses_of(load_checkpoint(open_checkpoint(base)), tmp_path / "resident", zo=zo)
+
+    model = limited(base, 0)
+    got = losses_of(model, tmp_path / "streamed", memory_limit="1GiB", zo=zo)
+
+    assert len(want) == 2
+    assert got == want
+    first, second = (
+        tmp_path / name / "adapter_model.safetensors" for name in ("resident", "streamed")
+    )
+    assert first.read_bytes() == second.read_bytes()
+    resident = load_checkpoint(open_checkpoint(base))
+    apply_adapter(resident, open_checkpoint(base), open_adapter(tmp_path / "resident"))
+    assert torch.equal(logits_of(model), logits_of(resident))
 
 
 def test_losses_of_copied_blocks_are_those_of_the_resident_run(base: Path, tmp_path: Path) -> None:
