@@ -381,15 +381,16 @@ class Trainer:
         note: GradientNote | None,
     ) -> None:
         """Take a step into the averages, and count its forwards."""
-        pairs = zip(probes, losses, strict=True)
-        shown = [loss for probe, loss in pairs if not probe.is_tangent]
+        tried = losses[len(probes) :]  # at the candidates of a conservative step
+        shown = [x for probe, x in zip(probes, losses, strict=False) if not probe.is_tangent]
+        shown += tried
         if note is not None and note.loss is not None:
             shown.append(note.loss)
         self._window.add(shown, derivatives)
         config, part = self.config, self._first_order_header
         num_examples = config.per_device_train_batch_size * config.gradient_accumulation_steps
         backward = 0.0 if part is None else part["num_blocks"] / len(decoder_blocks(self.model))
-        self._forwards += forwards_of(probes, num_examples, backward)
+        self._forwards += forwards_of(probes, num_examples, backward) + len(tried)
 
     def _profile_forwards(self) -> float:
         part = self._first_order_header

@@ -190,7 +190,7 @@ def test_a_recipe_needs_no_data_where_the_trainer_is_given_examples() -> None:
         ({"zo": {"coordinates": "relative"}}, "zo.estimator: expected 'spsa' in 'relative' "
             "coordinates, got 'per_example', which needs one of row, column, rank_one"),
         ({"zo": {"estimator": "mezo"}}, "zo.estimator: expected 'spsa', 'one_sided', 'fzoo', "
-            "'rloo', 'per_example' or 'spsa_1_5', got 'mezo'"),
+            "'rloo', 'per_example', 'spsa_1_5' or 'forward_gradient', got 'mezo'"),
         ({"zo": {"estimator": "fzoo"}}, "zo.num_directions: expected at least 2 with 'fzoo', which "
             "compares the losses of directions, got 1"),
         ({"zo": {"estimator": "rloo"}}, "zo.num_directions: expected at least 2 with 'rloo', which "

@@ -74,7 +74,7 @@ def test_all_estimators_of_a_recipe_run() -> None:
     names = get_args(ZOConfig.model_fields["estimator"].annotation)
 
     assert {zo.get("estimator", "per_example") for zo in blocks} == set(names)
-    assert len(names) == 6
+    assert len(names) == 7
 
 
 def test_a_stopped_run_ends_like_a_straight_one_and_replays(

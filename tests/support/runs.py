@@ -69,6 +69,7 @@ MORE_ESTIMATORS: dict[str, dict[str, Any]] = {
     "rloo": {"estimator": "rloo", "num_directions": 2, "coordinates": "relative"},
     "pairs": {"num_directions": 2, "examples_per_direction": 2},
     "leave_one_out": {"num_directions": 2, "sides": "leave_one_out", "basis_steps": 2},
+    "forward_gradient": {"estimator": "forward_gradient", "num_directions": 2},
     "spsa_1_5": {"estimator": "spsa_1_5", "optimizer": "momentum", "num_directions": 2},
 }
 """A ``zo`` block for every other estimator that a recipe can name."""
