@@ -59,6 +59,7 @@ def _no_truth(value: Any) -> Any:
 
 Int = Annotated[int, BeforeValidator(_no_truth)]
 Float = Annotated[float, BeforeValidator(_no_truth)]
+Part = Annotated[Float, Field(ge=0, le=1)]
 Count = Annotated[Int, Field(ge=1)]
 
 
@@ -82,6 +83,7 @@ class ZOConfig(BaseModel):
     epsilon: Float = Field(default=1e-2, gt=0)
     num_directions: Int = Field(default=1, ge=1)
     num_blocks: Int | None = Field(default=None, ge=1)  # train the last so many decoder blocks
+    depth: tuple[Part, Part] | None = None  # or those from this to before that part of the depth
     modules: list[str] | None = None  # train layers whose names hold one of these, such as k_proj
     normalize: bool = True  # per_example: derivatives of a step have a root mean square of 1
     max_loss_difference: Float | None = Field(default=None, gt=0)
@@ -431,6 +433,7 @@ def _check_together(values: Recipe) -> None:
     _check_estimator(values)
     _check_optimizer(values.zo)
     _check_exact(values)
+    _check_depth(values.zo)
     _check_tuned(values.zo)
 
 
@@ -517,6 +520,20 @@ def _check_exact(values: Recipe) -> None:
         key, got = ("tuned", zo.tuned) if zo.tuned != "scales" else ("unquantized", zo.unquantized)
         raise ConfigError(
             f"zo.{key}: expected scales alone with exact derivatives, got {got!r}; leave it out"
+        )
+
+
+def _check_depth(zo: ZOConfig) -> None:
+    if zo.depth is None:
+        return
+    first, stop = zo.depth
+    if zo.num_blocks is not None:
+        raise ConfigError(
+            f"zo.num_blocks: expected none with zo.depth {[first, stop]}, got {zo.num_blocks}"
+        )
+    if first >= stop:
+        raise ConfigError(
+            f"zo.depth: expected two parts of the depth, the smaller one first, got {[first, stop]}"
         )
 
 

@@ -5,6 +5,7 @@ codes, and everything else (embeddings, norms, head) is loaded as it is. No othe
 holds the scales: most of them copy or permute scales once and ignore later writes.
 """
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
@@ -128,6 +129,7 @@ def trained_layers(
     num_blocks: int | None,
     modules: Sequence[str] | None = None,
     *,
+    depth: tuple[float, float] | None = None,
     key: str = "zo.modules",
 ) -> list[QuantLinear]:
     """Choose the layers to train and let stacked forwards fork in front of the first of them.
@@ -136,6 +138,8 @@ def trained_layers(
         model: Model with quantized layers; its fork is moved.
         num_blocks: Train the last so many decoder blocks, None for all; and a quantized head.
         modules: Train only layers whose names hold one of these texts, None for all.
+        depth: Train only decoder blocks from the first to before the second part of the depth, 0 to
+            1, instead of the last ones.
         key: Where the recipe says so.
 
     Returns:
@@ -150,14 +154,19 @@ def trained_layers(
         raise ConfigError(
             f"zo.num_blocks: expected at most the model's {len(blocks)} blocks, got {num_blocks}"
         )
+    first, stop = len(blocks) - num_blocks, len(blocks)
+    if depth is not None:
+        first, stop = (math.floor(part * len(blocks) + 0.5) for part in depth)
+        stop = max(stop, first + 1)
     for layer in layers:
         layer.index = -1
-    layers[0].live.forked = blocks[-num_blocks:]
-    behind = {part for block in blocks[-num_blocks:] for part in block.modules()}
+    layers[0].live.forked = blocks[first:]
+    inside = {part for block in blocks[first:stop] for part in block.modules()}
+    head = model.get_output_embeddings() if stop == len(blocks) else None
     chosen = [
         layer
         for layer in layers
-        if layer in behind or layer is model.get_output_embeddings()
+        if layer in inside or layer is head
         if modules is None or any(part in layer.name for part in modules)
     ]
     if not chosen:

@@ -26,7 +26,7 @@ def trained_vector(model: PreTrainedModel, zo: ZOConfig, run_seed: int) -> tuple
     """
     is_lora, is_frozen = zo.tuned == "lora", zo.tuned != "scales"
     key, parts = ("lora_modules", zo.lora_modules) if is_lora else ("modules", zo.modules)
-    layers = trained_layers(model, zo.num_blocks, parts, key=f"zo.{key}")
+    layers = trained_layers(model, zo.num_blocks, parts, depth=zo.depth, key=f"zo.{key}")
     live = layers[0].live
     live.trained_prefixes = {}
     if is_lora:

@@ -15,6 +15,7 @@ from support.models import (
     some_tokens,
     tiny_model,
 )
+from support.runs import tiny_checkpoint
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -22,9 +23,9 @@ import qzo
 from quantizers.errors import FormatError
 from quantizers.weight import dequantize
 from qzo.checkpoint import open_checkpoint
-from qzo.errors import CheckpointError
+from qzo.errors import CheckpointError, ConfigError
 from qzo.linear import QuantLinear
-from qzo.model import load_tokenizer, quant_linears
+from qzo.model import decoder_blocks, load_tokenizer, quant_linears, trained_layers
 
 SINGLE = "model.safetensors"
 
@@ -413,3 +414,35 @@ def test_a_shared_checkpoint_computes_the_logits_of_its_dense_equal(
     state |= {f"{n}.weight": read(checkpoint.layer_tensors(n)) for n in checkpoint.layers}
     dense.load_state_dict(state)
     assert relative_error(logits_of(qzo.load(folder)), logits_of(dense)) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("depth", "modules", "want"),
+    [
+        ((0.25, 0.75), None, {1, 2}),
+        ((0.0, 0.25), ["q_proj", "k_proj"], {0}),
+        ((0.4, 0.6), None, {2}),
+        ((0.5, 1.0), ["down"], {2, 3}),
+    ],
+)
+def test_blocks_of_a_part_of_the_depth_are_trained(
+    tmp_path: Path, depth: tuple[float, float], modules: list[str] | None, want: set[int]
+) -> None:
+    model = qzo.load(tiny_checkpoint(tmp_path / "base", num_layers=4))
+
+    chosen = trained_layers(model, None, modules, depth=depth)
+
+    assert {int(layer.name.split(".")[2]) for layer in chosen} == want
+    assert all(any(part in layer.name for part in modules or [""]) for layer in chosen)
+    assert len(chosen) == len(want) * (len(modules) if modules else 7)
+    assert list(chosen[0].live.forked) == decoder_blocks(model)[min(want) :]
+    inside = {layer.name for layer in chosen}
+    assert {x.index for x in quant_linears(model) if x.name not in inside} == {-1}
+
+
+def test_a_part_of_a_name_that_no_layer_has_is_refused(tmp_path: Path) -> None:
+    model = qzo.load(tiny_checkpoint(tmp_path / "base"))
+    message = r"^zo\.modules: expected a part of a layer's name, such as '.*', got \['query'\]$"
+
+    with pytest.raises(ConfigError, match=message):
+        trained_layers(model, None, ["query"])
