@@ -45,6 +45,10 @@ from qzo.rewards import (
 from qzo.scales import Scales
 from qzo.stack import Stack, answer_scores, build_stack, exact_scores
 
+# Of one forward: the probes of a micro-batch that have more take several, one after another. A
+# number of its own, not what memory allows, since sums of other stacks round in other ways.
+STACKED_TOKENS = 2**14
+
 Batch = list[list[Any]]  # micro-batches of encoded examples, or of questions to write answers to
 
 
@@ -125,7 +129,7 @@ class Objective:
         return [picked[i : i + size] for i in range(0, len(picked), size)]
 
     def losses(self, probes: Sequence[Probe], batch: Batch) -> list[float]:
-        """Return the loss at every probe, all probes of a micro-batch in one stacked forward.
+        """Return the loss at every probe, in as few stacked forwards as ``STACKED_TOKENS`` allow.
 
         Where a probe asks for its tangent, the slope of its loss along its direction instead.
 
@@ -167,8 +171,8 @@ class Objective:
         ]
         sums = [0.0] * len(probes)
         for is_tangent, measure in ((False, self._item_losses), (True, self._item_slopes)):
-            places = [i for i, probe in enumerate(probes) if probe.is_tangent is is_tangent]
-            if places:
+            chosen = [i for i, probe in enumerate(probes) if probe.is_tangent is is_tangent]
+            for places in _runs(chosen, [_num_tokens(items[i]) for i in chosen]):
                 values = iter(measure([probes[i] for i in places], [items[i] for i in places]))
                 for place in places:
                     sums[place] = sum(next(values) for _ in items[place])
@@ -256,6 +260,24 @@ class Objective:
     def _example(self, number: int) -> Any:
         epoch, place = divmod(number, len(self._examples))
         return self._examples[_order(self._data_seed, epoch, self._labels)[place]]
+
+
+def _num_tokens(examples: Sequence[Any]) -> int:
+    """Return the tokens of some examples, common prefixes counted twice; 0 where answers grow."""
+    return sum(len(row) for x in examples if isinstance(x, EncodedExample) for row in x.rows)
+
+
+def _runs(places: Sequence[int], sizes: Sequence[int]) -> list[list[int]]:
+    """Split places into runs whose sizes add up to at most ``STACKED_TOKENS``, or of one place."""
+    runs: list[list[int]] = []
+    total = 0
+    for place, size in zip(places, sizes, strict=True):
+        if not runs or total + size > STACKED_TOKENS:
+            runs.append([])
+            total = 0
+        runs[-1].append(place)
+        total += size
+    return runs
 
 
 @lru_cache(maxsize=2)

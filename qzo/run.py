@@ -19,6 +19,7 @@ from qzo.files import write_bytes
 from qzo.interrupts import explained_bus_errors
 from qzo.memory import parse_memory
 from qzo.model import Progress, load_checkpoint, load_tokenizer
+from qzo.objective import STACKED_TOKENS
 from qzo.planner import plan
 from qzo.plot import plot_run
 from qzo.ranks import Ranks
@@ -157,11 +158,14 @@ def _planned_bytes(
     num_examples = recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps
     probes = evaluations_per_example(make_estimator(recipe), num_examples)
     probes += recipe.zo.optimizer == "conservative"  # three candidates of a step
-    rows = probes * _most_rows(sets[0]) * recipe.per_device_train_batch_size
-    for data in sets[1:]:
-        rows = max(rows, _most_rows(data) * recipe.per_device_eval_batch_size)
     lengths = [len(row) for data in sets for example in data.examples for row in example.rows]
     written = _written_tokens(recipe, sets)
+    of_probe = _most_rows(sets[0]) * recipe.per_device_train_batch_size
+    rows = probes * of_probe
+    if recipe.objective not in WRITTEN:
+        rows = min(rows, max(STACKED_TOKENS // max(lengths, default=1), of_probe))
+    for data in sets[1:]:
+        rows = max(rows, _most_rows(data) * recipe.per_device_eval_batch_size)
     dtype = "float32" if device.type == "cpu" else recipe.dtype or "float16"
     planned = plan(
         checkpoint.folder,

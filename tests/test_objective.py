@@ -15,6 +15,7 @@ from support.runs import (
 )
 from transformers import PreTrainedModel
 
+from qzo import objective as module
 from qzo.coordinates import Coordinates
 from qzo.encoding import EncodedExample
 from qzo.errors import ConfigError, DataError
@@ -175,6 +176,32 @@ def test_losses_of_a_mixed_set_of_probes_keep_their_places(base: Path, tmp_path:
     alone = made.losses([Probe(3, 0.02)], [[batch[1][1]]])
     assert first == pytest.approx(alone[0], abs=TOLERANCE)
     assert second == pytest.approx(made.losses([every], batch)[0], abs=TOLERANCE)
+
+
+@pytest.mark.parametrize(("limit", "num_forwards"), [(1, 6), (10**6, 1)])
+def test_probes_of_many_tokens_take_several_forwards(
+    base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    limit: int,
+    num_forwards: int,
+) -> None:
+    made = objective(base, tmp_path, per_device_train_batch_size=3)
+    batch = made.batch(0)
+    probes = [Probe(seed, 0.02, (first, first + 1)) for seed in (5, 6) for first in range(3)]
+    want = made.losses(probes, batch)
+    stacks = []
+    build = module.build_stack
+
+    def counted(items: Any, *rest: Any, **options: Any) -> Any:
+        stacks.append(items)
+        return build(items, *rest, **options)
+
+    monkeypatch.setattr(module, "build_stack", counted)
+    monkeypatch.setattr(module, "STACKED_TOKENS", limit)
+
+    assert made.losses(probes, batch) == pytest.approx(want, abs=TOLERANCE)
+    assert len(stacks) == num_forwards
 
 
 @pytest.mark.parametrize("label", [0, 1, 2])
