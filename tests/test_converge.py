@@ -314,7 +314,7 @@ def ranked_task(losses: Mapping[str, float | None]) -> dict[str, Any]:
         mean = None if loss is None else {"mean": loss, "se": 0.1}
         curve = [{"forwards": 0, "mean": 3.0, "se": None}]
         curve += [] if loss is None else [{"forwards": 10, "mean": loss, "se": 0.1}]
-        metrics = {name: None for name in ("accuracy", "accuracy_bias_corrected", "f1")}
+        metrics = dict.fromkeys(("accuracy", "accuracy_bias_corrected", "f1"))
         numbers = {"loss": mean, **metrics, "num_diverged": int(loss is None), "num_seeds": 1}
         return {"point": "p", **numbers, "curve": curve, "seconds_per_forward": None}
 
@@ -412,7 +412,12 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         "films, spsa, as-given: forwards: expected at least those of one step, 4, got 3",
     ),
     (
-        {"methods": {"a": {"zo": {"first_order_layers": "profile"}}}, "grid": {}},
+        {"methods": {"a": {"zo": {"first_order_blocks": 2}}}},
+        "films, a, as-given: zo.first_order_blocks: expected at most the 1 blocks of the model, "
+        "got 2",
+    ),
+    (
+        {"methods": {"a": {"zo": {"first_order_layers": "profile"}}}},
         "films, a, as-given: zo.first_order_layers: expected 'last', got 'profile', which finds "
         "the cost of a step only in the run; name zo.first_order_blocks",
     ),
@@ -505,17 +510,20 @@ def test_a_method_is_a_recipe_file_beside_the_suite(base: Path, data: Path, tmp_
     assert list(suite.methods[0].points) == ["learning_rate=0.01", "learning_rate=0.0001"]
 
 
-def test_every_method_file_is_a_recipe_with_as_many_grid_points(tmp_path: Path) -> None:
+@pytest.mark.parametrize("suite_name", ["tiny", "stories"])
+def test_every_method_file_is_in_the_suites_with_as_many_grid_points(
+    tmp_path: Path, suite_name: str
+) -> None:
     folder = Path(__file__).parents[1] / "recipes" / "converge"
     shutil.copytree(folder / "methods", tmp_path / "methods")
-    keys = yaml.safe_load((folder / "tiny.yaml").read_text(encoding="utf-8"))
-    del keys["grid"]
+    keys = yaml.safe_load((folder / f"{suite_name}.yaml").read_text(encoding="utf-8"))
+    keys.pop("grid", None)
 
     suite = read_suite(write_suite(tmp_path / "tuned.yaml", keys))
 
     files = {path.stem for path in (folder / "methods").glob("*.yaml")}
     assert {method.name for method in suite.methods} == files
-    assert len(files) >= 7
+    assert len(files) >= 35
     assert {len(method.points) for method in suite.methods} == {3}
 
 
@@ -561,10 +569,11 @@ COSTS: list[tuple[dict[str, Any], float]] = [
 
 @pytest.mark.parametrize(("zo", "cost"), COSTS, ids=[next(iter(zo.values())) for zo, _ in COSTS])
 def test_a_step_costs_what_its_run_counts(
-    base: Path, data: Path, tmp_path: Path, zo: dict[str, Any], cost: float
+    data: Path, tmp_path: Path, zo: dict[str, Any], cost: float
 ) -> None:
+    base = tiny_checkpoint(tmp_path / "base", num_layers=2)
     methods = {"own": {"zo": {"estimator": "spsa", **zo}}}
-    keys = suite_keys(base, data, methods=methods, seeds=[0], forwards=12)
+    keys = suite_keys(base, data, methods=methods, seeds=[0])
 
     entry = run(tmp_path, keys)["tasks"]["films"]["methods"]["own"]["cells"][0]
 

@@ -13,7 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    AutoConfig,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from quantizers.errors import FormatError
 from qzo.bench.suite import Method, Suite, TaskEntry, with_keys
@@ -113,7 +119,7 @@ def make_cell(
     budget = suite.forwards if tuning_data is None else suite.tuning_forwards
     try:
         config = recipe(keys)
-        _check_cost_is_known(config)
+        _check_exact(config)
         cost = forwards_per_step(config, task)
     except ConfigError as error:
         raise ConfigError(f"{task.name}, {method.name}, {point}: {error}") from error
@@ -130,16 +136,22 @@ def make_cell(
     return Cell(task.name, method.name, point, seed, is_tuning, recipe(values), cost)
 
 
-def _check_cost_is_known(config: Recipe) -> None:
-    """Refuse what decides only when it runs how much a step costs.
+def _check_exact(config: Recipe) -> None:
+    """Refuse exact gradients whose cost cannot be told before the run.
 
     Raises:
-        ConfigError: The recipe holds it.
+        ConfigError: There are such.
     """
-    if config.zo.first_order_layers == "profile":
+    zo = config.zo
+    if zo.first_order_layers == "profile":
         raise ConfigError(
             "zo.first_order_layers: expected 'last', got 'profile', which finds the cost of a step "
             "only in the run; name zo.first_order_blocks"
+        )
+    if zo.first_order_blocks and zo.first_order_blocks > _num_blocks(config.model):
+        raise ConfigError(
+            f"zo.first_order_blocks: expected at most the {_num_blocks(config.model)} blocks of "
+            f"the model, got {zo.first_order_blocks}"
         )
 
 
