@@ -331,6 +331,7 @@ def test_the_table_has_the_lowest_loss_first_and_what_diverged_last() -> None:
 
 def test_the_plot_names_the_ten_best_and_counts_the_others() -> None:
     losses = {f"m{number}": float(number) for number in range(12, 0, -1)}
+    losses["m12"] = 1000.0
 
     (axes,) = loss_figure(ranked_task({**losses, "wild": None}), "films").axes
 
@@ -339,6 +340,7 @@ def test_the_plot_names_the_ten_best_and_counts_the_others() -> None:
     names = [text.get_text() for text in legend.get_texts()]
     assert names == [*(f"m{number}" for number in range(1, 11)), "3 others"]
     assert len(axes.lines) == 13 + 1  # one holds the legend's entry
+    assert axes.get_ylim()[1] < 12
 
 
 def test_the_command_prints_one_object(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from qzo.files import new_file, write_bytes, write_json
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _STYLE = """
@@ -159,33 +160,42 @@ def loss_figure(task: Mapping[str, Any], name: str) -> "Figure":
     """Draw the loss of every method against forwards; the band is one standard error.
 
     The legend has the best first. The methods after the first ten are grey lines, named by the
-    table alone.
+    table alone; they do not stretch the axis.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     drawn = [(name, method) for name, method in _ranked(task["methods"]) if method["curve"]]
-    for place, (method_name, method) in enumerate(drawn):
-        curve, is_named = method["curve"], place < _NUM_COLOURS
+    for method_name, method in drawn[:_NUM_COLOURS]:
         label = f"{method_name} ({_DIVERGED})" if method["num_diverged"] else method_name
-        forwards, means = [p["forwards"] for p in curve], [p["mean"] for p in curve]
-        if not is_named:
-            axes.plot(forwards, means, color="lightgrey", linewidth=0.8, zorder=1)
-            continue
-        (line,) = axes.plot(forwards, means, "o-", label=label, linewidth=1.2, markersize=3)
-        low = [p["mean"] - (p["se"] or 0.0) for p in curve]
-        high = [p["mean"] + (p["se"] or 0.0) for p in curve]
-        axes.fill_between(forwards, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+        _draw(axes, method["curve"], label)
     if len(drawn) > _NUM_COLOURS:
+        limits = axes.get_ylim()
+        for _, method in drawn[_NUM_COLOURS:]:
+            forwards, means = [p["forwards"] for p in method["curve"]], _means(method["curve"])
+            axes.plot(forwards, means, color="lightgrey", linewidth=0.8, zorder=1)
         axes.plot([], [], color="lightgrey", label=f"{len(drawn) - _NUM_COLOURS} others")
+        axes.set_ylim(limits)
     if task["target_loss"] is not None:
         axes.axhline(task["target_loss"], color="grey", linestyle=":", label="target")
     axes.set(title=name, xlabel="forwards", ylabel="loss (nats)")
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[1]:
-        axes.legend(fontsize="small")
+        axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     return figure
+
+
+def _draw(axes: "Axes", curve: Sequence[Mapping[str, Any]], label: str) -> None:
+    forwards = [p["forwards"] for p in curve]
+    (line,) = axes.plot(forwards, _means(curve), "o-", label=label, linewidth=1.2, markersize=3)
+    low = [p["mean"] - (p["se"] or 0.0) for p in curve]
+    high = [p["mean"] + (p["se"] or 0.0) for p in curve]
+    axes.fill_between(forwards, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+
+
+def _means(curve: Sequence[Mapping[str, Any]]) -> list[float]:
+    return [point["mean"] for point in curve]
 
 
 def _ranked(methods: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
