@@ -15,6 +15,7 @@ from dataclasses import replace
 from qzo.probes import DirectionalDerivative, Probe
 
 _SIGNS = (0, 1, -1)  # of the derivative; the first of equal losses wins
+NUM_TRIED = len(_SIGNS)
 
 
 def candidates(derivative: DirectionalDerivative, learning_rate: float) -> list[Probe]:

@@ -22,7 +22,7 @@ from support.runs import json_lines, tiny_checkpoint, write_lines
 from qzo.bench import cells as cells_module
 from qzo.bench.cells import forwards_per_step, reached
 from qzo.bench.converge import converge
-from qzo.bench.converge_report import write_report
+from qzo.bench.converge_report import loss_figure, table, write_report
 from qzo.bench.suite import read_suite, with_keys
 from qzo.config import recipe
 from qzo.errors import ConfigError, DataError
@@ -309,6 +309,40 @@ def test_the_page_needs_no_other_file_and_holds_the_plot(done: Path, data: Path)
     assert "torch" in page
 
 
+def ranked_task(losses: Mapping[str, float | None]) -> dict[str, Any]:
+    def method(loss: float | None) -> dict[str, Any]:
+        mean = None if loss is None else {"mean": loss, "se": 0.1}
+        curve = [{"forwards": 0, "mean": 3.0, "se": None}]
+        curve += [] if loss is None else [{"forwards": 10, "mean": loss, "se": 0.1}]
+        metrics = dict.fromkeys(("accuracy", "accuracy_bias_corrected", "f1"))
+        numbers = {"loss": mean, **metrics, "num_diverged": int(loss is None), "num_seeds": 1}
+        return {"point": "p", **numbers, "curve": curve, "seconds_per_forward": None}
+
+    return {"target_loss": None, "methods": {name: method(x) for name, x in losses.items()}}
+
+
+def test_the_table_has_the_lowest_loss_first_and_what_diverged_last() -> None:
+    task = ranked_task({"b": 2.0, "wild": None, "a": 1.0})
+
+    _, rows = table(task)
+
+    assert [row[0] for row in rows] == ["a", "b", "wild"]
+
+
+def test_the_plot_names_the_ten_best_and_counts_the_others() -> None:
+    losses = {f"m{number}": float(number) for number in range(12, 0, -1)}
+    losses["m12"] = 1000.0
+
+    (axes,) = loss_figure(ranked_task({**losses, "wild": None}), "films").axes
+
+    legend = axes.get_legend()
+    assert legend is not None
+    names = [text.get_text() for text in legend.get_texts()]
+    assert names == [*(f"m{number}" for number in range(1, 11)), "3 others"]
+    assert len(axes.lines) == 13 + 1  # one holds the legend's entry
+    assert axes.get_ylim()[1] < 12
+
+
 def test_the_command_prints_one_object(
     capsys: pytest.CaptureFixture[str], base: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -378,6 +412,16 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (
         {"forwards": 3, "eval_forwards": 2, "grid": {}},
         "films, spsa, as-given: forwards: expected at least those of one step, 4, got 3",
+    ),
+    (
+        {"methods": {"a": {"zo": {"first_order_blocks": 2}}}},
+        "films, a, as-given: zo.first_order_blocks: expected at most the 1 blocks of the model, "
+        "got 2",
+    ),
+    (
+        {"methods": {"a": {"zo": {"first_order_layers": "profile"}}}},
+        "films, a, as-given: zo.first_order_layers: expected 'last', got 'profile', which finds "
+        "the cost of a step only in the run; name zo.first_order_blocks",
     ),
     (
         {"methods": {"a": {"grid": {"zo.optimizer": ["sgd", "best"]}}}},
@@ -468,17 +512,20 @@ def test_a_method_is_a_recipe_file_beside_the_suite(base: Path, data: Path, tmp_
     assert list(suite.methods[0].points) == ["learning_rate=0.01", "learning_rate=0.0001"]
 
 
-def test_every_method_file_is_a_recipe_with_as_many_grid_points(tmp_path: Path) -> None:
+@pytest.mark.parametrize("suite_name", ["tiny", "stories"])
+def test_every_method_file_is_in_the_suites_with_as_many_grid_points(
+    tmp_path: Path, suite_name: str
+) -> None:
     folder = Path(__file__).parents[1] / "recipes" / "converge"
     shutil.copytree(folder / "methods", tmp_path / "methods")
-    keys = yaml.safe_load((folder / "tiny.yaml").read_text(encoding="utf-8"))
-    del keys["grid"]
+    keys = yaml.safe_load((folder / f"{suite_name}.yaml").read_text(encoding="utf-8"))
+    keys.pop("grid", None)
 
     suite = read_suite(write_suite(tmp_path / "tuned.yaml", keys))
 
     files = {path.stem for path in (folder / "methods").glob("*.yaml")}
     assert {method.name for method in suite.methods} == files
-    assert len(files) >= 7
+    assert len(files) >= 35
     assert {len(method.points) for method in suite.methods} == {3}
 
 
@@ -512,6 +559,30 @@ def test_a_larger_batch_costs_more_forwards(base: Path, data: Path, tmp_path: Pa
 
     assert forwards_per_step(recipe(own), task) == 2
     assert forwards_per_step(larger, task) == 2 * 12 / 3
+
+
+COSTS: list[tuple[dict[str, Any], float]] = [
+    ({"optimizer": "conservative"}, 2 + 3),
+    ({"estimator": "forward_gradient"}, 2),
+    ({"first_order_blocks": 1}, 2 + 1 + 2 / 2),  # the last of two blocks
+    ({"first_order_blocks": 2}, 1 + 2),  # of all blocks: nothing is probed
+]
+
+
+@pytest.mark.parametrize(("zo", "cost"), COSTS, ids=[next(iter(zo.values())) for zo, _ in COSTS])
+def test_a_step_costs_what_its_run_counts(
+    data: Path, tmp_path: Path, zo: dict[str, Any], cost: float
+) -> None:
+    base = tiny_checkpoint(tmp_path / "base", num_layers=2)
+    methods = {"own": {"zo": {"estimator": "spsa", **zo}}}
+    keys = suite_keys(base, data, methods=methods, seeds=[0])
+
+    entry = run(tmp_path, keys)["tasks"]["films"]["methods"]["own"]["cells"][0]
+
+    lines = json_lines(Path(entry["folder"]) / "metrics.jsonl")
+    counted = [line["forwards"] for line in lines if "forwards" in line][-1]
+    assert entry["forwards_per_step"] == cost
+    assert counted == entry["forwards"] == 12 // cost * cost
 
 
 @pytest.mark.parametrize(

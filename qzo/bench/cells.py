@@ -1,8 +1,8 @@
 """The runs of a suite: each is one of `qzo train`, in a folder of its own, at a number of forwards.
 
 A forward is one pass over a batch of the task's size. A probe of the whole batch costs one, a probe
-of some examples their share of it; a step costs what its probes cost, more where the method's batch
-is larger than the task's.
+of some examples their share of it; a step costs what its probes, its exact gradients and the tries
+of a conservative step cost, more where the method's batch is larger than the task's.
 """
 
 import json
@@ -13,11 +13,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    AutoConfig,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from quantizers.errors import FormatError
 from qzo.bench.suite import Method, Suite, TaskEntry, with_keys
 from qzo.config import Recipe, read_keys, recipe
+from qzo.conservative import NUM_TRIED
 from qzo.data import hold_out, load_records
 from qzo.errors import ConfigError
 from qzo.files import read_json, write_bytes, write_json
@@ -111,7 +118,9 @@ def make_cell(
     keys = with_keys(task.fragment, method.fragment, method.points[point], tuning_data or {}, own)
     budget = suite.forwards if tuning_data is None else suite.tuning_forwards
     try:
-        cost = forwards_per_step(recipe(keys), task)
+        config = recipe(keys)
+        _check_exact(config)
+        cost = forwards_per_step(config, task)
     except ConfigError as error:
         raise ConfigError(f"{task.name}, {method.name}, {point}: {error}") from error
     if cost > budget:
@@ -127,15 +136,43 @@ def make_cell(
     return Cell(task.name, method.name, point, seed, is_tuning, recipe(values), cost)
 
 
+def _check_exact(config: Recipe) -> None:
+    """Refuse exact gradients whose cost cannot be told before the run.
+
+    Raises:
+        ConfigError: There are such.
+    """
+    zo = config.zo
+    if zo.first_order_layers == "profile":
+        raise ConfigError(
+            "zo.first_order_layers: expected 'last', got 'profile', which finds the cost of a step "
+            "only in the run; name zo.first_order_blocks"
+        )
+    if zo.first_order_blocks and zo.first_order_blocks > _num_blocks(config.model):
+        raise ConfigError(
+            f"zo.first_order_blocks: expected at most the {_num_blocks(config.model)} blocks of "
+            f"the model, got {zo.first_order_blocks}"
+        )
+
+
 def _steps(forwards: int, cost: float) -> int:
     return math.floor(forwards / cost + 1e-9)  # a cost may be a rounded fraction
 
 
 def forwards_per_step(config: Recipe, task: TaskEntry) -> float:
     """Return the forwards of a step, counted over batches of the task's size."""
-    own = _examples_of_step(config)
+    own, zo = _examples_of_step(config), config.zo
     usual = _examples_of_step(recipe({**task.fragment, "output_dir": ""}))
-    return forwards_of(make_estimator(config).ask(0), own) * own / usual
+    num_blocks = _num_blocks(config.model) if zo.has_first_order else 1
+    is_exact = zo.first_order_blocks >= (zo.num_blocks or num_blocks)  # then nothing is probed
+    probes = [] if is_exact else make_estimator(config).ask(0)
+    tried = NUM_TRIED if zo.optimizer == "conservative" else 0
+    cost = forwards_of(probes, own, zo.first_order_blocks / num_blocks) + tried
+    return cost * own / usual
+
+
+def _num_blocks(model: str) -> int:
+    return int(AutoConfig.from_pretrained(model).get_text_config().num_hidden_layers)
 
 
 def _examples_of_step(config: Recipe) -> int:

@@ -1,12 +1,17 @@
 """What ``qzo bench converge`` leaves to read: tables in Markdown, plots, and one page of HTML."""
 
 import base64
+import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qzo.files import new_file, write_bytes, write_json
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em; }
@@ -17,6 +22,7 @@ pre { background: #f4f4f4; padding: 1em; overflow: auto; }
 """
 _TITLE = "Loss reached per forward"
 _DIVERGED = "diverged"
+_NUM_COLOURS = 10  # of the colours that matplotlib takes by itself
 
 
 def write_report(results: Mapping[str, Any], folder: Path) -> str:
@@ -46,7 +52,7 @@ def plot_path(folder: Path, task: str) -> Path:
 
 
 def table(task: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Return the head and the rows of a task's table."""
+    """Return the head and the rows of a task's table, the lowest loss first."""
     methods = task["methods"]
     columns = {
         "loss": "loss",
@@ -62,7 +68,7 @@ def table(task: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     has_target = task["target_loss"] is not None
     target = [f"forwards to {task['target_loss']:g}"] if has_target else []
     head = ["method", "grid point", *shown.values(), *target, "seconds per forward"]
-    rows = [_row(name, method, list(shown), has_target) for name, method in methods.items()]
+    rows = [_row(name, method, list(shown), has_target) for name, method in _ranked(methods)]
     return head, rows
 
 
@@ -146,29 +152,60 @@ def _messages(task: Mapping[str, Any]) -> list[str]:
 
 
 def _plot(task: Mapping[str, Any], name: str, path: Path) -> None:
-    """Draw the loss of every method against forwards; the band is one standard error."""
+    with new_file(path) as partial:
+        loss_figure(task, name).savefig(partial, format="png", dpi=120)
+
+
+def loss_figure(task: Mapping[str, Any], name: str) -> "Figure":
+    """Draw the loss of every method against forwards; the band is one standard error.
+
+    The legend has the best first. The methods after the first ten are grey lines, named by the
+    table alone; they do not stretch the axis.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    for method_name, method in task["methods"].items():
-        curve = method["curve"]
-        if not curve:
-            continue
+    drawn = [(name, method) for name, method in _ranked(task["methods"]) if method["curve"]]
+    for method_name, method in drawn[:_NUM_COLOURS]:
         label = f"{method_name} ({_DIVERGED})" if method["num_diverged"] else method_name
-        forwards, means = [p["forwards"] for p in curve], [p["mean"] for p in curve]
-        (line,) = axes.plot(forwards, means, "o-", label=label, linewidth=1.2, markersize=3)
-        low = [p["mean"] - (p["se"] or 0.0) for p in curve]
-        high = [p["mean"] + (p["se"] or 0.0) for p in curve]
-        axes.fill_between(forwards, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+        _draw(axes, method["curve"], label)
+    if len(drawn) > _NUM_COLOURS:
+        limits = axes.get_ylim()
+        for _, method in drawn[_NUM_COLOURS:]:
+            forwards, means = [p["forwards"] for p in method["curve"]], _means(method["curve"])
+            axes.plot(forwards, means, color="lightgrey", linewidth=0.8, zorder=1)
+        axes.plot([], [], color="lightgrey", label=f"{len(drawn) - _NUM_COLOURS} others")
+        axes.set_ylim(limits)
     if task["target_loss"] is not None:
         axes.axhline(task["target_loss"], color="grey", linestyle=":", label="target")
     axes.set(title=name, xlabel="forwards", ylabel="loss (nats)")
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[1]:
-        axes.legend()
-    with new_file(path) as partial:
-        figure.savefig(partial, format="png", dpi=120)
+        axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def _draw(axes: "Axes", curve: Sequence[Mapping[str, Any]], label: str) -> None:
+    forwards = [p["forwards"] for p in curve]
+    (line,) = axes.plot(forwards, _means(curve), "o-", label=label, linewidth=1.2, markersize=3)
+    low = [p["mean"] - (p["se"] or 0.0) for p in curve]
+    high = [p["mean"] + (p["se"] or 0.0) for p in curve]
+    axes.fill_between(forwards, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+
+
+def _means(curve: Sequence[Mapping[str, Any]]) -> list[float]:
+    return [point["mean"] for point in curve]
+
+
+def _ranked(methods: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """Return the methods by their loss, the lowest first; those without one last."""
+
+    def loss(item: tuple[str, Mapping[str, Any]]) -> float:
+        mean = item[1]["loss"]
+        return math.inf if mean is None else float(mean["mean"])
+
+    return sorted(methods.items(), key=loss)
 
 
 def _page(results: Mapping[str, Any], plots: Mapping[str, Path]) -> str:
