@@ -334,7 +334,7 @@ def compact(
     Raises:
         ConfigError: The name is not that of a new safetensors file.
     """
-    from qzo.journal import open_record, write_compact
+    from qzo.compact_journal import open_record, write_compact
 
     if out.suffix != ".safetensors":
         raise ConfigError(f"--out: expected a name that ends in .safetensors, got {out.name!r}")

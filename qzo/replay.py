@@ -9,20 +9,20 @@ from torch import Tensor
 
 from qzo.adapter import Adapter, adapter_tensors, open_adapter, save_adapter, unquantized_sha256
 from qzo.checkpoint import Checkpoint, open_checkpoint
+from qzo.compact_journal import open_record
 from qzo.directions import GENERATOR
 from qzo.errors import CheckpointError, ConfigError
 from qzo.files import new_folder
 from qzo.first_order import FirstOrder, first_order_of
 from qzo.gradients import NAME as GRADIENTS_NAME
 from qzo.gradients import Gradients
-from qzo.journal import (
+from qzo.journal_lines import (
     Fingerprint,
     Record,
     Step,
     derivatives_of,
     direction_settings_of,
     header_basis_steps,
-    open_record,
 )
 from qzo.layer_scaling import stretch_scales
 from qzo.low_rank import lora_config

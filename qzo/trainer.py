@@ -44,7 +44,8 @@ from qzo.gradients import NAME as GRADIENTS_NAME
 from qzo.gradients import Gradients
 from qzo.hybrid import PROFILE_FORWARDS, first_order_header, write_importance
 from qzo.interrupts import stop_signals
-from qzo.journal import Fingerprint, GradientNote, Journal, Step
+from qzo.journal import Journal
+from qzo.journal_lines import Fingerprint, GradientNote, Step
 from qzo.layer_scaling import factors_of, gradient_norms, relative_sizes, stretch_scales, stretches
 from qzo.metrics import CLOSING_KEY, Metrics, Window
 from qzo.model import decoder_blocks

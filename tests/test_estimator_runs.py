@@ -13,10 +13,11 @@ import qzo
 from qzo import run
 from qzo import trainer as trainer_module
 from qzo.checkpoint import open_checkpoint
+from qzo.compact_journal import write_compact
 from qzo.config import ZOConfig
 from qzo.errors import ConfigError
 from qzo.examples import ExampleSet
-from qzo.journal import Journal, write_compact
+from qzo.journal import Journal
 from qzo.trainer import Trainer
 
 STEPS = 4

@@ -20,9 +20,10 @@ import qzo
 from quantizers.errors import FormatError
 from qzo.adapter import apply_adapter, open_adapter
 from qzo.checkpoint import open_checkpoint
+from qzo.compact_journal import write_compact
 from qzo.errors import CheckpointError, ConfigError
 from qzo.inspect_checkpoint import inspect
-from qzo.journal import Journal, write_compact
+from qzo.journal import Journal
 from qzo.trainer import Trainer
 
 SINGLE = "model.safetensors"

@@ -14,12 +14,13 @@ from support.runs import RECORDS, dense_equal, json_lines, tiny_checkpoint, tiny
 from torch.func import functional_call
 
 import qzo
+from qzo.compact_journal import write_compact
 from qzo.config import recipe
 from qzo.directions import directions
 from qzo.errors import CheckpointError, ConfigError
 from qzo.first_order import FirstOrder, block_importance, num_last_blocks
 from qzo.gradients import Gradients
-from qzo.journal import Journal, write_compact
+from qzo.journal import Journal
 from qzo.probes import Probe
 from qzo.ranks import Ranks
 from qzo.scales import Scales

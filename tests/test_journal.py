@@ -11,17 +11,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from support.runs import json_lines
 
+from qzo.compact_journal import CompactJournal, open_record, write_compact
 from qzo.errors import CheckpointError
 from qzo.files import WriteError
-from qzo.journal import (
-    CompactJournal,
-    Fingerprint,
-    Journal,
-    Step,
-    derivatives_of,
-    open_record,
-    write_compact,
-)
+from qzo.journal import Journal
+from qzo.journal_lines import Fingerprint, Step, derivatives_of
 from qzo.probes import DirectionalDerivative, basis_seed, direction_seed
 
 HEADER: dict[str, Any] = {

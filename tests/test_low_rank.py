@@ -23,10 +23,10 @@ from torch import nn
 import qzo
 from qzo.adapter import apply_adapter, open_adapter
 from qzo.checkpoint import open_checkpoint
+from qzo.compact_journal import open_record, write_compact
 from qzo.config import ZOConfig
 from qzo.directions import directions
 from qzo.errors import CheckpointError, ConfigError
-from qzo.journal import open_record, write_compact
 from qzo.low_rank import add_low_rank, adding_low_rank
 from qzo.model import quant_linears
 from qzo.probes import Probe

@@ -19,12 +19,12 @@ from transformers import DynamicCache, PreTrainedModel
 import qzo
 from qzo.adapter import apply_adapter, open_adapter
 from qzo.checkpoint import open_checkpoint
+from qzo.compact_journal import open_record, write_compact
 from qzo.config import ZOConfig
 from qzo.directions import directions
 from qzo.encoding import EncodedExample
 from qzo.errors import CheckpointError, ConfigError
 from qzo.generation import generate
-from qzo.journal import open_record, write_compact
 from qzo.model import load_tokenizer, quant_linears
 from qzo.prefix import fixing_prefixes
 from qzo.probes import Probe, start_seed

@@ -12,9 +12,11 @@ from support.runs import ESTIMATORS, change_tensor, json_lines, tiny_checkpoint,
 import qzo
 from qzo import trainer as trainer_module
 from qzo.checkpoint import open_checkpoint
+from qzo.compact_journal import write_compact
 from qzo.coordinates import Coordinates
 from qzo.errors import CheckpointError, ConfigError
-from qzo.journal import Journal, direction_settings_of, write_compact
+from qzo.journal import Journal
+from qzo.journal_lines import direction_settings_of
 from qzo.optimizers import OPTIMIZERS
 from qzo.replay import apply_journal, optimizer_of
 from qzo.scales import Scales

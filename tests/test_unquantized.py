@@ -24,10 +24,10 @@ from transformers import (
 import qzo
 from qzo.adapter import apply_adapter, open_adapter
 from qzo.checkpoint import open_checkpoint
+from qzo.compact_journal import open_record, write_compact
 from qzo.config import ZOConfig
 from qzo.directions import directions
 from qzo.errors import CheckpointError, ConfigError
-from qzo.journal import open_record, write_compact
 from qzo.model import quant_linears
 from qzo.optimizers.sgd import SGD
 from qzo.probes import DirectionalDerivative, Probe

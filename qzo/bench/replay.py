@@ -14,10 +14,12 @@ from typing import Any
 import torch
 
 from qzo.bench.machine import hardware, versions
+from qzo.compact_journal import COMPACT_NAME, CompactJournal, write_compact
 from qzo.directions import GENERATOR
 from qzo.errors import QZOError
 from qzo.estimators import SPSA
-from qzo.journal import COMPACT_NAME, NAME, CompactJournal, Journal, Record, write_compact
+from qzo.journal import NAME, Journal
+from qzo.journal_lines import Record
 from qzo.optimizers import make_optimizer
 from qzo.replay import apply_journal
 from qzo.scales import Scales

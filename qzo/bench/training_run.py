@@ -30,7 +30,8 @@ from qzo.config import Recipe, recipe
 from qzo.errors import ConfigError
 from qzo.examples import from_encoded
 from qzo.files import read_json, write_json
-from qzo.journal import NAME, Journal, Step
+from qzo.journal import NAME, Journal
+from qzo.journal_lines import Step
 from qzo.linear import QuantLinear
 from qzo.model import decoder_blocks
 from qzo.run import load_model
