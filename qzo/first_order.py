@@ -83,7 +83,7 @@ class FirstOrder:
         self.size = sum(stop - start for start, stop in self._parts)
         self._moments: Float[Tensor, "2 size"] | None = None
         self._num_steps = 0
-        scales.still = self._parts
+        scales.directions.still = self._parts
 
     def step(self, scales: Scales, gradient: Float[Tensor, " size"], learning_rate: float) -> None:
         """Move the part against its gradient."""

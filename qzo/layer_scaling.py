@@ -54,13 +54,15 @@ def gradient_norms(scales: Scales, losses: Losses, epsilon: float, seed: int) ->
         seed: Of the run.
     """
     result = []
-    stretch = scales.stretch
+    stretch = scales.directions.stretch
     for layer, _ in enumerate(scales.names):
-        scales.stretch = scales.by_layer([float(i == layer) for i in range(len(scales.names))])
+        scales.directions.stretch = scales.by_layer(
+            [float(i == layer) for i in range(len(scales.names))]
+        )
         z = layer_seed(seed, layer)
         plus, minus = losses([Probe(z, epsilon), Probe(z, -epsilon)])
         result.append(abs(plus - minus) / (2 * epsilon))
-    scales.stretch = stretch
+    scales.directions.stretch = stretch
     return result
 
 
@@ -96,11 +98,11 @@ def stretch_scales(scales: Scales, header: Mapping[str, Any]) -> None:
     """Let directions be stretched as the header of a journal says; not at all if it is silent."""
     given = header.get("stretch")
     if given is None:
-        scales.stretch = scales.update_stretch = None
+        scales.directions.stretch = scales.directions.update_stretch = None
         return
     probe, update = (_numbers(given, key, len(scales.names)) for key in ("probe", "update"))
-    scales.stretch = scales.by_layer(probe)
-    scales.update_stretch = None if update == probe else scales.by_layer(update)
+    scales.directions.stretch = scales.by_layer(probe)
+    scales.directions.update_stretch = None if update == probe else scales.by_layer(update)
 
 
 def _numbers(given: Any, key: str, count: int) -> list[float]:

@@ -1,6 +1,7 @@
 """The trained vector: an fp32 master, and the effective scales that it gives at a probe.
 
-``coordinates`` says how the trained vector ``v`` becomes the effective scales of a layer.
+``coordinates`` says how the trained vector ``v`` becomes the effective scales of a layer: see
+``effective``.
 
 A probe evaluates at ``v + offset * z(seed)``. That sum is made for the layer at hand and thrown
 away: the master is never perturbed, so nothing has to be restored.
@@ -10,7 +11,6 @@ Behind the values of the layers lie the sections of what else is trained (``sect
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from hashlib import sha256
 from itertools import accumulate, pairwise
 
@@ -22,12 +22,13 @@ from torch.autograd import forward_ad
 from qzo.checkpoint import Checkpoint
 from qzo.coordinates import BY_FACTORS, Coordinates, crossing_message, num_values
 from qzo.direction_settings import DirectionSettings, LawName
-from qzo.directions import combine
+from qzo.effective import effective_scales, tuned_scales
 from qzo.errors import CheckpointError, ConfigError
 from qzo.laws import Law, Part
-from qzo.linear import EffectiveScales, Live, Multipliers, ProbeScales, QuantLinear
-from qzo.probes import DirectionalDerivative, Probe
+from qzo.linear import EffectiveScales, Live, QuantLinear
+from qzo.probes import Probe
 from qzo.sections import Section
+from qzo.shaped_directions import ShapedDirections
 from qzo.sums import norm
 from qzo.tensor_files import tensor_bytes
 
@@ -36,21 +37,6 @@ from qzo.tensor_files import tensor_bytes
 WINDOW = 2**18
 
 PLAIN = DirectionSettings()
-
-
-@dataclass(frozen=True)
-class Tilt:
-    """Directions become ``z' = across z + along axis``.
-
-    Attributes:
-        axis: A vector as long as the trained one; kept, not copied.
-        along: Factor of the axis.
-        across: Factor of the direction of a seed.
-    """
-
-    axis: Float[Tensor, " size"]
-    along: float
-    across: float
 
 
 class Scales:
@@ -67,15 +53,7 @@ class Scales:
 
     Attributes:
         values: The fp32 master.
-        law: Draws the directions.
-        stretch: What every direction is multiplied by, or None: 1. A step along stretched
-            directions is a step of gradient descent with ``stretch**2`` as its preconditioner.
-        update_stretch: What the directions of a step are multiplied by instead, where it differs
-            from the probes'.
-        optimizer_stretch: A further factor of both, which the optimizer sets and changes.
-        tilt: What the optimizer adds to directions before they are stretched.
-        still: Parts of the vector, from a first to before a last element, that directions leave
-            alone: something else moves them.
+        directions: Along which probes and steps move it.
 
     Raises:
         ConfigError: Row coordinates on a layer whose blocks cross rows.
@@ -95,18 +73,14 @@ class Scales:
         self.names = list(names)
         self.sections = tuple(sections)
         self.coordinates = coordinates
-        self.direction: LawName = direction
         self._file_scales = list(file_scales)
         sizes = [num_values(coordinates, *stored.shape) for stored in file_scales]
         self._bounds = [0, *accumulate([*sizes, *(section.size for section in sections)])]
-        self.law = Law(direction, direction_settings, self._parts(), file_scales)
         device = file_scales[0].device if file_scales else device
         self.values = torch.empty(self._bounds[-1], dtype=torch.float32, device=device)
-        self.stretch: Float[Tensor, " size"] | None = None
-        self.update_stretch: Float[Tensor, " size"] | None = None
-        self.optimizer_stretch: Float[Tensor, " size"] | None = None
-        self.tilt: Tilt | None = None
-        self.still: Sequence[tuple[int, int]] = ()
+        law = Law(direction, direction_settings, self._parts(), file_scales)
+        self.directions = ShapedDirections(law, self.values.device)
+        self.directions.factors = self._section_factors()
         # One of the layers and one of the sections: a forward pass goes through both side by side.
         self._windows: dict[bool, tuple[Sequence[Probe], int, int, Tensor]] = {}
         self.reset()
@@ -174,6 +148,12 @@ class Scales:
             parts.append(Part(section.name, self._bounds[i], self._bounds[i + 1], None))
         return parts
 
+    def _section_factors(self) -> list[tuple[int, int, float]]:
+        bounds = pairwise(self._bounds[len(self.names) :])
+        return [
+            (*ends, section.factor) for ends, section in zip(bounds, self.sections, strict=True)
+        ]
+
     def __len__(self) -> int:
         """Return the number of trained values."""
         return self._bounds[-1]
@@ -200,7 +180,7 @@ class Scales:
 
         def dual(layer: int) -> Float[Tensor, "probes length"]:
             start, stop = self._bounds[layer], self._bounds[layer + 1]
-            z = self.draw(probes, start, stop)
+            z = self.directions.draw(probes, start, stop)
             shifted = self._shifted_values(layer, probes).contiguous()
             made: Tensor = forward_ad.make_dual(shifted, z)
             return made
@@ -236,25 +216,13 @@ class Scales:
         """Return the effective scales of one layer at every probe."""
         return self._effective(layer, self._shifted_values(layer, probes))
 
-    def _effective(self, layer: int, shifted: Float[Tensor, "probes length"]) -> EffectiveScales:
-        if self.coordinates in BY_FACTORS:
-            return Multipliers(*self._factors(layer, shifted))
-        stored = self._file_scales[layer].float()
-        by_group = [values.view(stored.shape) for values in shifted.unbind()]
-        if self.coordinates == "relative":
-            by_group = [stored * values for values in by_group]
-        return ProbeScales(by_group)
+    def _effective(self, layer: int, values: Float[Tensor, "probes length"]) -> EffectiveScales:
+        return effective_scales(self.coordinates, self._file_scales[layer], values)
 
     def tuned(self, layer: int) -> Float[Tensor, "out groups"]:
         """Return the effective scales of one layer at the master, in fp32."""
-        stored = self._file_scales[layer].float()
         values = self.values[self._bounds[layer] : self._bounds[layer + 1]]
-        if self.coordinates in BY_FACTORS:
-            rows, columns = self._factors(layer, values[None])
-            stored = stored if rows is None else stored * rows.T
-            return stored if columns is None else stored * columns
-        by_group = values.view(stored.shape)
-        return stored * by_group if self.coordinates == "relative" else by_group.clone()
+        return tuned_scales(self.coordinates, self._file_scales[layer], values)
 
     def file_norms(self) -> list[float]:
         """Return the Euclidean norm of the scales in the file, by layer."""
@@ -272,17 +240,6 @@ class Scales:
         start, stop = self._bounds[len(self.names) + number :][:2]
         return self.values[start:stop].view(self.sections[number].shape)
 
-    def _factors(
-        self, layer: int, values: Float[Tensor, "probes length"]
-    ) -> tuple[Float[Tensor, "probes out"] | None, Float[Tensor, "probes groups"] | None]:
-        """Return the factors of rows and of columns that values of one layer stand for."""
-        if self.coordinates == "row":
-            return values, None
-        if self.coordinates == "column":
-            return None, values
-        out_features = len(self._file_scales[layer])
-        return values[:, :out_features], values[:, out_features:]
-
     def chunks(self) -> Iterator[tuple[int, int]]:
         """Yield the bounds of consecutive parts of the vector."""
         for start in range(0, len(self), WINDOW):
@@ -292,59 +249,12 @@ class Scales:
         """Return the bounds of the values of some layers."""
         return [(self._bounds[layer], self._bounds[layer + 1]) for layer in layers]
 
-    def mean_slope(
-        self, derivatives: Sequence[DirectionalDerivative], start: int, stop: int
-    ) -> Float[Tensor, " length"]:
-        """Return elements of the gradient estimate ``mean_i d_i z_i`` (QZO, eq. 4)."""
-        weights = [derivative.value / len(derivatives) for derivative in derivatives]
-        slope = combine(self.unstretched(derivatives, start, stop), weights)
-        slope = self.stretched_for_step(slope, start, stop)
-        factor = self.optimizer_stretch
-        return slope if factor is None else slope * factor[start:stop]
-
-    def draw(
-        self, keys: Sequence[Probe] | Sequence[DirectionalDerivative], start: int, stop: int
-    ) -> Float[Tensor, "keys length"]:
-        """Return elements of one direction per key, as probes move along it."""
-        z = self.unstretched(keys, start, stop)
-        for factor in (self.stretch, self.optimizer_stretch):
-            z = z if factor is None else z * factor[start:stop]
-        return z
-
-    def unstretched(
-        self, keys: Sequence[Probe] | Sequence[DirectionalDerivative], start: int, stop: int
-    ) -> Float[Tensor, "keys length"]:
-        """Return elements of one direction per key, before they are stretched."""
-        z = self.law.draw(keys, start, stop, self.values.device)
-        if self.tilt is not None:
-            z = z * self.tilt.across + self.tilt.axis[start:stop] * self.tilt.along
-        for first, last in self.still:
-            z[:, max(first - start, 0) : max(min(last, stop) - start, 0)] = 0
-        return self._by_section(z, start, stop)
-
-    def stretched_for_step(
-        self, slope: Float[Tensor, " length"], start: int, stop: int
-    ) -> Float[Tensor, " length"]:
-        """Multiply a part of a step by its stretch; that of the optimizer is not in it."""
-        factor = self.stretch if self.update_stretch is None else self.update_stretch
-        return slope if factor is None else slope * factor[start:stop]
-
     def by_layer(self, numbers: Sequence[float]) -> Float[Tensor, " size"]:
         """Return a vector that has one number on every layer, and 1 elsewhere."""
         result = torch.ones_like(self.values)
         for number, (start, stop) in zip(numbers, pairwise(self._bounds), strict=False):
             result[start:stop] = number
         return result
-
-    def _by_section(
-        self, z: Float[Tensor, "keys length"], start: int, stop: int
-    ) -> Float[Tensor, "keys length"]:
-        """Multiply what lies in the sections by their factors; ``z`` is modified."""
-        for number, section in enumerate(self.sections):
-            first, last = self._bounds[len(self.names) + number :][:2]
-            if section.factor != 1 and first < stop and start < last:
-                z[:, max(first - start, 0) : last - start] *= section.factor
-        return z
 
     def move(self, start: int, stop: int, change: Float[Tensor, " length"]) -> None:
         """Add to a part of the master; no value of a layer goes below 0 (QZO, algorithm 1)."""
@@ -380,6 +290,7 @@ class Scales:
                 "was changed, or the model is another one"
             )
         self.sections = tuple(sections)
+        self.directions.factors = self._section_factors()
 
     def restore(self, values: Float[Tensor, " size"]) -> None:
         """Set the master to stored values.
@@ -417,7 +328,7 @@ class Scales:
         moved = list({(p.seed, p.basis): p for p in probes if p.offset}.values())
         if not moved:
             return master.expand(len(probes), -1)
-        z = self.draw(moved, start, stop)
+        z = self.directions.draw(moved, start, stop)
         place = {(probe.seed, probe.basis): row for row, probe in enumerate(moved)}
         shifted = master.repeat(len(probes), 1)
         for row, probe in zip(shifted, probes, strict=True):

@@ -330,7 +330,7 @@ class Trainer:
     def _choose_first_order(self, journal: Journal) -> None:
         """Choose what exact gradients move: as the journal says where there is one."""
         self.scales.reset()
-        self.scales.still = ()
+        self.scales.directions.still = ()
         self._first_order_header = (
             journal.header.get("first_order")
             if journal.is_on_disk

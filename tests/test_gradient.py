@@ -144,7 +144,7 @@ def test_slopes_are_the_gradient_along_the_directions(
     *slopes, loss = trainer.objective.losses(probes, batch)
 
     dense = Dense(base, trainer)
-    z5, z6 = scales.draw([Probe(5, 0.1), Probe(6, 0.1)], 0, len(scales)).double()
+    z5, z6 = scales.directions.draw([Probe(5, 0.1), Probe(6, 0.1)], 0, len(scales)).double()
     wants = [float(dense.gradient(picked) @ z5), 0.0, float(dense.gradient(picked[2:4]) @ z6)]
     scales.move(0, len(scales), (1e-3 * z5).float())
     wants[1] = float(dense.gradient(picked) @ z5)
@@ -263,11 +263,11 @@ def test_a_broken_loss_is_not_finite(base: Path, tmp_path: Path) -> None:
 
 def test_held_parts_have_no_direction(base: Path, tmp_path: Path) -> None:
     scales = trainer_of(base, tmp_path, "relative").scales
-    free = scales.draw([Probe(7, 0.1)], 0, len(scales))[0]
-    scales.still = [(3, 10), (20, 21)]
+    free = scales.directions.draw([Probe(7, 0.1)], 0, len(scales))[0]
+    scales.directions.still = [(3, 10), (20, 21)]
 
-    z = scales.draw([Probe(7, 0.1)], 0, len(scales))[0]
-    window = scales.draw([Probe(7, 0.1)], 5, 40)[0]
+    z = scales.directions.draw([Probe(7, 0.1)], 0, len(scales))[0]
+    window = scales.directions.draw([Probe(7, 0.1)], 5, 40)[0]
 
     want = free.clone()
     want[3:10] = want[20] = 0

@@ -65,7 +65,7 @@ def keys(count: int, *, bases: int | None = None, first: int = 1) -> list[Probe]
 
 
 def whole(law: str, probes: Sequence[Probe]) -> Tensor:
-    return scales_of(law).draw(probes, 0, SIZE)
+    return scales_of(law).directions.draw(probes, 0, SIZE)
 
 
 # --- every law
@@ -83,12 +83,12 @@ def sample(law: str) -> Vector:
 @ALL
 def test_any_window_equals_that_part_of_the_whole(law: str) -> None:
     scales, probes = scales_of(law), keys(3, bases=2)
-    z = scales.draw(probes, 0, SIZE)
+    z = scales.directions.draw(probes, 0, SIZE)
 
     assert z.shape == (3, SIZE)
     for start in range(0, SIZE, 3):
         for stop in range(start + 1, SIZE + 1, 5):
-            assert torch.equal(scales.draw(probes, start, stop), z[:, start:stop])
+            assert torch.equal(scales.directions.draw(probes, start, stop), z[:, start:stop])
 
 
 @ALL
@@ -150,7 +150,7 @@ def test_one_and_two_threads_give_the_same_bits(law: str) -> None:
                 direction=direction,
                 direction_settings=settings,
             )
-            drawn.append(scales.draw(keys(2), 0, len(scales)))
+            drawn.append(scales.directions.draw(keys(2), 0, len(scales)))
     finally:
         torch.set_num_threads(before)
 
@@ -359,7 +359,7 @@ def test_lozo_steps_as_the_paper_does_with_epsilon_times_root_rank() -> None:
 
 def test_lozo_draws_ordinary_gaussians_where_there_is_no_matrix() -> None:
     probes = keys(2)
-    z = scales_of("lozo", coordinates="row").draw(probes, 2, 20)
+    z = scales_of("lozo", coordinates="row").directions.draw(probes, 2, 20)
 
     assert torch.equal(z, directions("gaussian", [p.seed for p in probes], 2, 20))
 
@@ -459,11 +459,11 @@ def test_lozo_momentum_is_the_papers_on_dense_matrices() -> None:
 def test_lozo_without_momentum_is_sgd_along_the_same_directions() -> None:
     scales, other = scales_of("lozo"), scales_of("lozo")
     for each in (scales, other):
-        each.stretch = torch.linspace(0.5, 2, SIZE)
+        each.directions.stretch = torch.linspace(0.5, 2, SIZE)
     derivatives = derivatives_at(3, 9)
 
     LOZOMomentum(0.0).step(scales, derivatives, 0.01)
-    other.move(0, SIZE, other.mean_slope(derivatives, 0, SIZE) * -0.01)
+    other.move(0, SIZE, other.directions.mean_slope(derivatives, 0, SIZE) * -0.01)
 
     # the factors are averaged before they are multiplied, not after
     torch.testing.assert_close(scales.values, other.values, rtol=0, atol=1e-6)

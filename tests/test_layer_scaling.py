@@ -90,7 +90,7 @@ def test_the_size_by_grad_norm_is_measured_with_the_other_layers_at_rest() -> No
 
     def losses(probes: list[Probe]) -> list[float]:
         seen.append(probes)
-        z = scales.draw(probes, 0, len(scales)).double()
+        z = scales.directions.draw(probes, 0, len(scales)).double()
         return [float(p.offset * (row @ slope)) for p, row in zip(probes, z, strict=True)]
 
     got = gradient_norms(scales, losses, 0.5, seed=9)  # type: ignore[arg-type]  # lists are given
@@ -99,7 +99,7 @@ def test_the_size_by_grad_norm_is_measured_with_the_other_layers_at_rest() -> No
         z = directions("gaussian", [layer_seed(9, layer)], start, stop)[0].double()
         assert got[layer] == pytest.approx(abs(float(z @ slope[start:stop])), rel=1e-6)
     assert [[p.offset for p in probes] for probes in seen] == [[0.5, -0.5]] * 3
-    assert scales.stretch is None
+    assert scales.directions.stretch is None
 
 
 @pytest.mark.parametrize("rule", ["variance", "expectation", "by hand"])
@@ -111,9 +111,11 @@ def test_the_expected_estimate_is_the_gradient_or_that_over_the_sizes(rule: str)
 
     estimates = []
     for seed in range(4000):
-        z = scales.draw([Probe(seed, 0.1)], 0, len(scales))[0]
+        z = scales.directions.draw([Probe(seed, 0.1)], 0, len(scales))[0]
         d = float(z @ slope)  # what two-sided SPSA measures on any quadratic
-        estimates.append(scales.mean_slope([DirectionalDerivative(seed, d, d)], 0, len(scales)))
+        estimates.append(
+            scales.directions.mean_slope([DirectionalDerivative(seed, d, d)], 0, len(scales))
+        )
 
     drawn = torch.stack(estimates).double()
     error = drawn.std(0) / math.sqrt(len(drawn))
@@ -121,7 +123,7 @@ def test_the_expected_estimate_is_the_gradient_or_that_over_the_sizes(rule: str)
         want = slope[start:stop] * s**2 / (d if rule == "expectation" else 1.0)
         distance = (drawn.mean(0)[start:stop] - want) / error[start:stop]
         assert float(distance.abs().max()) < 4.5  # the largest of 33 normal values
-    assert (scales.update_stretch is None) == (rule == "by hand")
+    assert (scales.directions.update_stretch is None) == (rule == "by hand")
 
 
 @pytest.mark.parametrize(
@@ -146,11 +148,13 @@ def test_a_run_notes_the_factors_that_it_measured(tmp_path: Path) -> None:
     batch = trainer.objective.batch(0)
     sizes = []
     for layer in range(len(names)):
-        trainer.scales.stretch = trainer.scales.by_layer([float(i == layer) for i in range(7)])
+        trainer.scales.directions.stretch = trainer.scales.by_layer(
+            [float(i == layer) for i in range(7)]
+        )
         z = layer_seed(0, layer)
         plus, minus = trainer.objective.losses([Probe(z, 1e-2), Probe(z, -1e-2)], batch)
         sizes.append(abs(plus - minus) / 2e-2)
-    trainer.scales.stretch = None
+    trainer.scales.directions.stretch = None
 
     trainer.train()
 

@@ -115,8 +115,13 @@ def test_stacked_losses_are_those_of_separate_dense_forwards(
 def dense_at(base: Path, scales: Scales, probe: Probe) -> PreTrainedModel:
     """Return a dense model with the weights of one probe."""
     stored = scales._file_scales
-    moved = Scales(scales.names, stored, coordinates=scales.coordinates, direction=scales.direction)
-    z = moved.draw([probe], 0, len(scales))[0]
+    moved = Scales(
+        scales.names,
+        stored,
+        coordinates=scales.coordinates,
+        direction=scales.directions.law.direction,
+    )
+    z = moved.directions.draw([probe], 0, len(scales))[0]
     moved.move(0, len(moved), z * probe.offset)
     return dense_equal(base, {name: moved.tuned(i).T for i, name in enumerate(moved.names)})
 

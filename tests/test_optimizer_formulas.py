@@ -42,7 +42,7 @@ def trained(optimizer: Optimizer, *, num_directions: int = 1, curved: bool = Fal
     for step in range(STEPS):
         optimizer.aim(scales)
         probes = estimator.ask(step)
-        z = scales.draw(probes, 0, SIZE).double().numpy()
+        z = scales.directions.draw(probes, 0, SIZE).double().numpy()
         at = scales.values.double().numpy()
         losses = [loss_at(at + p.offset * row) for p, row in zip(probes, z, strict=True)]
         optimizer.step(scales, estimator.tell(probes, losses), RATE)
@@ -166,10 +166,10 @@ def test_hizoo_in_stretched_coordinates_is_hizoo_on_the_unstretched_vector() -> 
     factor, results = 2.0, []
     for stretch in (1.0, factor):
         scales, optimizer = new_scales(), make_optimizer("hizoo", {"hizoo_alpha": 0.2})
-        scales.stretch = torch.full((SIZE,), stretch)
+        scales.directions.stretch = torch.full((SIZE,), stretch)
         for step in range(3):
             optimizer.aim(scales)
-            z = scales.draw([DirectionalDerivative(step, 0.0, 0.0)], 0, SIZE)[0]
+            z = scales.directions.draw([DirectionalDerivative(step, 0.0, 0.0)], 0, SIZE)[0]
             offset = (scales.values - 1) / stretch
             d, c = float(z @ offset) / stretch - 1.0, float(z @ z) / stretch**2
             optimizer.step(scales, [DirectionalDerivative(step, d, d, curvature=c)], RATE)
@@ -222,7 +222,7 @@ def test_directions_of_conmezo_have_its_angle_to_the_momentum(angle: float) -> N
     optimizer.aim(scales)
 
     keys = [DirectionalDerivative(seed, 0.0, 0.0) for seed in range(8)]
-    z = scales.draw(keys, 0, size).double()
+    z = scales.directions.draw(keys, 0, size).double()
     length = z.norm(dim=1)
     cosine = z @ momentum.double() / length / momentum.double().norm()
     # along the momentum a Gaussian has 1 / sqrt(size) = 0.008, and its length varies by 0.6 %
@@ -237,5 +237,5 @@ def test_conmezo_at_a_right_angle_draws_plain_directions() -> None:
 
     optimizer.aim(scales)
 
-    got = scales.draw([DirectionalDerivative(1, 0.0, 0.0)], 0, SIZE)
+    got = scales.directions.draw([DirectionalDerivative(1, 0.0, 0.0)], 0, SIZE)
     torch.testing.assert_close(got, directions("gaussian", [1], 0, SIZE), rtol=0, atol=1e-7)

@@ -99,7 +99,7 @@ def test_an_optimizer_descends_on_a_quadratic(name: str) -> None:
     for seed in range(400):
         optimizer.aim(scales)
         basis = seed // 20
-        z = scales.draw([Probe(seed, 0.1, basis=basis)], 0, len(target))[0]
+        z = scales.directions.draw([Probe(seed, 0.1, basis=basis)], 0, len(target))[0]
         slope = float(z @ (scales.values - target))  # the exact directional derivative
         curvature = float(z @ z)
         derivative = DirectionalDerivative(seed, slope, slope, curvature=curvature, basis=basis)

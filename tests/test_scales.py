@@ -179,7 +179,7 @@ def test_the_slope_is_the_mean_of_derivative_times_direction(coordinates: Coordi
     scales = scales_of(coordinates)
     derivatives = [DirectionalDerivative(s, d, d) for s, d in ((5, 1.5), (6, -0.25), (7, 3e-3))]
 
-    slope = scales.mean_slope(derivatives, 3, 15)
+    slope = scales.directions.mean_slope(derivatives, 3, 15)
 
     for place in range(3, 15):
         total = sum(

@@ -23,7 +23,8 @@ from torch import Tensor
 from qzo.directions import combine
 from qzo.errors import CheckpointError
 from qzo.probes import DirectionalDerivative
-from qzo.scales import Scales, Tilt
+from qzo.scales import Scales
+from qzo.shaped_directions import Tilt
 from qzo.sums import norm
 
 
@@ -51,10 +52,10 @@ class ConMeZO:
         """Tilt directions to the momentum."""
         size = 0.0 if self._momentum is None else norm(self._momentum)
         if self._momentum is None or size == 0:
-            scales.tilt = None
+            scales.directions.tilt = None
             return
         along = math.sqrt(len(scales)) * math.cos(self.angle) / size
-        scales.tilt = Tilt(self._momentum, along, math.sin(self.angle))
+        scales.directions.tilt = Tilt(self._momentum, along, math.sin(self.angle))
 
     def step(
         self,
@@ -69,8 +70,8 @@ class ConMeZO:
         if self._momentum is None:
             self._momentum = torch.zeros_like(scales.values)
         for start, stop in scales.chunks():
-            slope = combine(scales.unstretched(derivatives, start, stop), weights)
-            step = scales.stretched_for_step(slope, start, stop)
+            slope = combine(scales.directions.unstretched(derivatives, start, stop), weights)
+            step = scales.directions.stretched_for_step(slope, start, stop)
             scales.move(start, stop, step * -learning_rate)
             self._momentum[start:stop].mul_(self.beta).add_(slope * (1 - self.beta))
 

@@ -41,7 +41,7 @@ class HiZOO:
     def aim(self, scales: Scales) -> None:
         """Let directions be ``z / sqrt(H)``."""
         h = torch.ones_like(scales.values) if self._curvature is None else self._curvature
-        scales.optimizer_stretch = h.sqrt().reciprocal_()
+        scales.directions.optimizer_stretch = h.sqrt().reciprocal_()
 
     def step(
         self,
@@ -57,11 +57,13 @@ class HiZOO:
         if self._curvature is None:
             self._curvature = torch.ones_like(scales.values)
         for start, stop in scales.chunks():
-            z = scales.unstretched(derivatives, start, stop)
+            z = scales.directions.unstretched(derivatives, start, stop)
             h = self._curvature[start:stop]
             seen = combine(z * z, halves) * h
             h.mul_(1 - self.alpha).add_(seen * self.alpha).clamp_(min=_FLOOR)
-            slope = scales.stretched_for_step(combine(z, weights), start, stop) / h.sqrt()
+            slope = (
+                scales.directions.stretched_for_step(combine(z, weights), start, stop) / h.sqrt()
+            )
             scales.move(start, stop, slope * -learning_rate)
 
     def state(self) -> dict[str, Tensor]:

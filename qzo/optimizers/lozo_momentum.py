@@ -53,7 +53,7 @@ class LOZOMomentum:
         Raises:
             ConfigError: The directions are not LOZO's.
         """
-        law = scales.law
+        law = scales.directions.law
         if not isinstance(law.low_rank, LOZO):
             raise ConfigError(
                 "zo.optimizer: expected 'lozo_momentum' with zo.direction 'lozo' only, got "
@@ -73,7 +73,7 @@ class LOZOMomentum:
             seen = _thin(law, number, seeds, scales.values.device)
             average.mul_(self.momentum).add_(combine(seen, weights))
             change = _wide(law, number, average, basis)
-            change = scales.stretched_for_step(change, part.start, part.stop)
+            change = scales.directions.stretched_for_step(change, part.start, part.stop)
             scales.move(part.start, part.stop, change * -learning_rate)
         self._basis = basis
 

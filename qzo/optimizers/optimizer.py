@@ -53,6 +53,6 @@ def descend(
         rule: Makes ``u`` of ``g``; ``u = g`` unless given.
     """
     for start, stop in scales.chunks():
-        slope = scales.mean_slope(derivatives, start, stop)
+        slope = scales.directions.mean_slope(derivatives, start, stop)
         direction = slope if rule is None else rule(slope, start, stop)
         scales.move(start, stop, direction * -learning_rate)
