@@ -8,7 +8,6 @@ written as PEFT reads it; what QZO has to know besides is in ``qzo_adapter.json`
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +25,13 @@ from qzo.model import quant_linears
 from qzo.prefix import fixing_prefixes
 from qzo.scales import Scales
 from qzo.sections import UNQUANTIZED, Section
-from qzo.tensor_files import TensorFiles, tensor_bytes, write_safetensors
+from qzo.tensor_files import TensorFiles, tensors_sha256, write_safetensors
 from qzo.unquantized import replacing_tensors
 
 MODEL_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
 FROZEN = frozenset(("lora", "prefix"))  # keys of adapters that leave the base as it is
 _LORA_NAME = "qzo_adapter.json"
-_SNAPSHOT_NAME = "scales.safetensors"
-_STATE_NAME = "trainer_state.json"
 # Every direction moves every scale, so fewer mean that most updates were lost to rounding.
 _MIN_CHANGED_FRACTION = 0.5
 # What replay, eval and export read, and its type in JSON.
@@ -128,7 +125,7 @@ def adapter_tensors(checkpoint: Checkpoint, scales: Scales) -> dict[str, Tensor]
 def unquantized_sha256(checkpoint: Checkpoint, sections: Sequence[Section]) -> str:
     """Return a digest of the unquantized tensors of a base that sections change."""
     changed = [section for section in sections if section.kind in UNQUANTIZED]
-    return _digest({section.name: _stored(checkpoint, section) for section in changed})
+    return tensors_sha256({section.name: _stored(checkpoint, section) for section in changed})
 
 
 def _stored(checkpoint: Checkpoint, section: Section) -> Tensor:
@@ -262,70 +259,3 @@ def check_base(checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
             f"{checkpoint.folder}: expected codes with sha256 {str(want)[:12]}..., got "
             f"{got[:12]}...; the scales were trained on another base"
         )
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """The state of a run between two steps.
-
-    Attributes:
-        step: Steps done.
-        values: The fp32 master.
-        optimizer: What the optimizer remembers.
-        fingerprint: The sha256 of the master.
-    """
-
-    step: int
-    values: Tensor
-    optimizer: Mapping[str, Tensor]
-    fingerprint: str
-
-
-_OPTIMIZER_PREFIX = "optimizer."
-
-
-def save_snapshot(folder: Path, snapshot: Snapshot) -> None:
-    """Write a snapshot into a new folder."""
-    remembered = ((_OPTIMIZER_PREFIX + k, t.cpu()) for k, t in snapshot.optimizer.items())
-    tensors = [("values", snapshot.values.cpu()), *remembered]
-    write_safetensors(folder / _SNAPSHOT_NAME, tensors)
-    state = {
-        **{"step": snapshot.step, "fingerprint": snapshot.fingerprint},
-        "optimizer_sha256": _digest(snapshot.optimizer),
-    }
-    write_json(folder / _STATE_NAME, state)
-
-
-def read_snapshot(folder: Path) -> Snapshot:
-    """Read what ``save_snapshot`` wrote.
-
-    Raises:
-        CheckpointError: It is damaged.
-    """
-    tensors = TensorFiles(folder, [_SNAPSHOT_NAME])
-    state = read_json(folder / _STATE_NAME)
-    step, fingerprint = state.get("step"), state.get("fingerprint")
-    if type(step) is not int or not isinstance(fingerprint, str) or "values" not in tensors.files:
-        raise CheckpointError(
-            f"{folder}: expected a snapshot with values, step and fingerprint, got something else; "
-            "remove the folder to replay from an earlier one"
-        )
-    remembered = {
-        key.removeprefix(_OPTIMIZER_PREFIX): tensors[key]
-        for key in tensors.files
-        if key.startswith(_OPTIMIZER_PREFIX)
-    }
-    if state.get("optimizer_sha256") != _digest(remembered):
-        raise CheckpointError(
-            f"{folder}: what the optimizer remembers was changed; remove the folder to replay from "
-            "an earlier one"
-        )
-    return Snapshot(step, tensors["values"], remembered, fingerprint)
-
-
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    """Return the sha256 of names and bytes; no fingerprint of the master covers them."""
-    digest = sha256()
-    for key in sorted(tensors):
-        digest.update(key.encode("utf-8") + b"\0" + tensor_bytes(tensors[key].cpu()))
-    return digest.hexdigest()

@@ -29,6 +29,7 @@ from qzo.direction_settings import (
 from qzo.errors import ConfigError
 from qzo.estimators import make_estimator
 from qzo.memory import parse_memory
+from qzo.schedules import learning_rate
 
 _BYTES_MAX = 2**20
 _OTHER_NAMES = {
@@ -243,6 +244,23 @@ class Recipe(BaseModel):
         if isinstance(self.eval_steps, tuple):
             return step in self.eval_steps
         return self.eval_steps is not None and step % self.eval_steps == 0
+
+    def rate_at(self, step: int) -> float:
+        """Return the learning rate of a step."""
+        return self._scheduled(self.learning_rate, step)
+
+    def first_order_rate_at(self, step: int) -> float:
+        """Return the learning rate of the first-order part in a step."""
+        return self._scheduled(self.zo.first_order_rate, step)
+
+    def _scheduled(self, highest: float, step: int) -> float:
+        return learning_rate(
+            self.lr_scheduler_type,
+            highest,
+            step,
+            max_steps=self.max_steps,
+            warmup_steps=self.warmup_steps,
+        )
 
 
 # What an estimator takes if the recipe names no learning rate: their steps differ in length.

@@ -3,7 +3,7 @@
 The choice goes into the journal's header, so that a run continues with it and a replay knows it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,7 @@ def _block_numbers(model: PreTrainedModel, names: Sequence[str]) -> list[int]:
     return [number - min(numbers) for number in numbers]
 
 
-def write_importance(folder: Path, header: dict[str, Any]) -> bool:
+def write_importance(folder: Path, header: Mapping[str, Any]) -> bool:
     """Write what the profile found into the run folder, once.
 
     Args:

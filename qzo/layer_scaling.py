@@ -83,6 +83,38 @@ def relative_sizes(names: Sequence[str], sizes: Sequence[float]) -> list[float]:
     return [max(size / mean, SMALLEST) for size in sizes]
 
 
+def measured_stretches(
+    scales: Scales,
+    losses: Losses,
+    *,
+    by_hand: Mapping[str, float] | None,
+    scaling: str,
+    rule: str,
+    epsilon: float,
+    seed: int,
+) -> dict[str, list[float]] | None:
+    """Return the factors of directions by layer, as a run starts; None where there are none.
+
+    Args:
+        scales: The trained vector; where losses are measured, it is set to where training starts.
+        losses: Measures the loss at probes.
+        by_hand: Factors by a part of the names of layers.
+        scaling: ``none``, ``param_norm`` or ``grad_norm``.
+        rule: ``variance`` or ``expectation``.
+        epsilon: Probe radius.
+        seed: Of the run.
+    """
+    if by_hand is None and scaling == "none":
+        return None
+    factors, sizes = factors_of(scales.names, by_hand or {}), None
+    if scaling == "param_norm":
+        sizes = relative_sizes(scales.names, scales.file_norms())
+    if scaling == "grad_norm":
+        scales.reset()
+        sizes = relative_sizes(scales.names, gradient_norms(scales, losses, epsilon, seed))
+    return stretches(factors, sizes, rule)
+
+
 def stretches(
     factors: Sequence[float], sizes: Sequence[float] | None, rule: str
 ) -> dict[str, list[float]]:

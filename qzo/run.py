@@ -23,9 +23,10 @@ from qzo.objective import STACKED_TOKENS
 from qzo.planner import plan
 from qzo.plot import plot_run
 from qzo.ranks import Ranks
+from qzo.result import Result
 from qzo.rewards import WRITTEN, RewardFunction, load_reward
 from qzo.streaming import Budget, available_bytes
-from qzo.trainer import Result, Trainer, make_estimator
+from qzo.trainer import Trainer, make_estimator
 
 _SMALL = 0.5  # of the memory: a checkpoint that is smaller is not planned before it is loaded
 

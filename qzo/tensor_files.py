@@ -10,6 +10,7 @@ element size in the mapped pages. Source: safetensors documentation, "Format".
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -280,3 +281,11 @@ class CheckpointWriter:
 
 def _shard_name(shard: int, count: int) -> str:
     return f"model-{shard + 1:05}-of-{count:05}.safetensors"
+
+
+def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """Return the sha256 of names and bytes."""
+    digest = sha256()
+    for key in sorted(tensors):
+        digest.update(key.encode("utf-8") + b"\0" + tensor_bytes(tensors[key].cpu()))
+    return digest.hexdigest()

@@ -9,102 +9,52 @@ import math
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
 
 from qzo import estimators
 from qzo.adapter import (
-    Snapshot,
     adapter_tensors,
     apply_adapter,
     change_warnings,
     changed_fraction,
     open_adapter,
-    read_snapshot,
     save_adapter,
-    save_snapshot,
 )
+from qzo.between_steps import BetweenSteps
 from qzo.callbacks import Events
 from qzo.config import Recipe
 from qzo.conservative import candidates, choose
 from qzo.encoding import EncodedExample
-from qzo.errors import ConfigError, DataError, QZOError
+from qzo.errors import ConfigError, DataError
 from qzo.estimators import Estimator
 from qzo.evaluate import Evaluation, evaluate
+from qzo.exact_part import ExactPart, check_exact
 from qzo.examples import ExampleSet, from_encoded, from_records
-from qzo.files import locked, new_folder, remove
-from qzo.first_order import FirstOrder, first_order_of
+from qzo.files import locked
 from qzo.generation import Generator
-from qzo.gradients import NAME as GRADIENTS_NAME
-from qzo.gradients import Gradients
-from qzo.hybrid import PROFILE_FORWARDS, first_order_header, write_importance
 from qzo.interrupts import stop_signals
 from qzo.journal import Journal
-from qzo.journal_lines import Fingerprint, GradientNote, Step
-from qzo.layer_scaling import factors_of, gradient_norms, relative_sizes, stretch_scales, stretches
-from qzo.metrics import CLOSING_KEY, Metrics, Window
-from qzo.model import decoder_blocks
-from qzo.objective import Batch, Objective
+from qzo.journal_lines import Fingerprint, Step
+from qzo.layer_scaling import measured_stretches, stretch_scales
+from qzo.metrics import CLOSING_KEY
+from qzo.objective import Objective
 from qzo.optimizers import make_optimizer
-from qzo.probes import DirectionalDerivative, Probe, forwards_of
+from qzo.probes import Probe
 from qzo.ranks import Ranks, Wish
 from qzo.replay import adapter_config, apply_journal, check_fingerprint
+from qzo.result import DivergedError, Result, StoppedError
 from qzo.rewards import WRITTEN, ObjectiveName, RewardFunction, check_objective, reward_name
-from qzo.run_folder import begin, header_of, open_journal, write_reference
-from qzo.schedules import learning_rate
+from qzo.run_folder import header_of, open_journal, write_reference
 from qzo.sections import sections_of
+from qzo.snapshots import Snapshots, read_snapshot
 from qzo.tuned import trained_vector
 from qzo.wrap import checkpoint_of, tokenizer_of
 
-FINGERPRINT_STEPS = 100
 _AT_MASTER = (Probe(seed=0, offset=0.0),)
-_FIRST_ORDER_PREFIX = "first_order."  # of what its rule remembers, in a snapshot
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a run ended with.
-
-    Attributes:
-        steps: Steps done.
-        best_step: The step whose scales were kept.
-        before: Evaluation of the base, if it was done in this call.
-        after: Evaluation of the scales that were kept, if there is evaluation data.
-        changed_fraction: Scales that differ from the base in the file's dtype.
-        skipped_steps: Steps of this call without a finite loss.
-        seconds: Time of the steps of this call.
-        warnings: What to know before the result is used; empty if all is well.
-    """
-
-    steps: int
-    best_step: int
-    before: Evaluation | None
-    after: Evaluation | None
-    changed_fraction: float
-    skipped_steps: int
-    seconds: float
-    warnings: tuple[str, ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain numbers."""
-        evaluations = {
-            "before": None if self.before is None else self.before.to_dict(),
-            "after": None if self.after is None else self.after.to_dict(),
-        }
-        return {**asdict(self), **evaluations}
-
-
-class DivergedError(QZOError):
-    """The loss was not finite too many times in a row."""
-
-
-class StoppedError(QZOError):
-    """A signal asked for the end of a run; it can be continued."""
 
 
 class Trainer:
@@ -144,12 +94,13 @@ class Trainer:
             )
         self.model, self.config, self.tokenizer = model.eval(), config, tokenizer
         self._ranks = ranks or Ranks.join(model.device)
-        _check_exact(model, config, self._ranks)
+        check_exact(model, config, self._ranks)
         self.folder = Path(config.output_dir)
         self._live, self.scales = trained_vector(model, config.zo, config.seed)
         self.estimator = make_estimator(config)
         self.optimizer = make_optimizer(config.zo.optimizer, config.zo.optimizer_settings)
         self._stretches: dict[str, list[float]] | None = None
+        self._exact: ExactPart | None = None  # known once the journal was looked for
         self.train_set = train_set = self._example_set(train_dataset)
         self.eval_set = None if eval_dataset is None else self._example_set(eval_dataset)
         self._reward = reward
@@ -193,41 +144,46 @@ class Trainer:
         self.checkpoint = checkpoint_of(self.model, self.folder / "base")
         _ = self.checkpoint.digests  # for the header; they need not be there before the first step
         journal = open_journal(config, self._header, ranks)
-        self._journal = journal
-        self._choose_first_order(journal)
+        exact = self._exact = ExactPart(journal, config.zo, self.model, scales, self.objective)
+        self._snapshots = Snapshots(self.folder, scales, self.optimizer, exact.part)
         self._restore(journal)
-        if ranks.is_first:
-            self.metrics = Metrics(self.folder / "metrics.jsonl", journal.next_step)
-            self._forwards = self.metrics.forwards or self._profile_forwards()
-        self._window, skipped, skipped_in_a_row = Window(), 0, 0
+        between = self._between = BetweenSteps(
+            config,
+            journal,
+            scales=scales,
+            exact=exact,
+            snapshots=self._snapshots,
+            events=self._events,
+            ranks=ranks,
+            evaluate=None if self.eval_set is None else self.evaluate,
+        )
+        skipped, skipped_in_a_row = 0, 0
         self._steps = journal.next_step
         self._events.tell("train_begin", journal.next_step)
-        before = self._evaluate(0) if journal.next_step == 0 else None
+        before = between.evaluate(0) if journal.next_step == 0 else None
         started = time.monotonic()
         self._catch_up(journal)
 
         for step in range(journal.next_step, config.max_steps):
             self._events.tell("step_begin", step)
-            batch = self.objective.batch(step)
+            batch, rate = self.objective.batch(step), config.rate_at(step)
             self.optimizer.aim(scales)
             probes = self._ask(step)
             losses = self.objective.losses(probes, batch)
             derivatives = estimator.tell(probes, losses) if probes else []
-            gradient, note = self._exact_gradient(step, batch)
-            rate = self._learning_rate(step)
+            gradient, note = exact.gradient(batch, config.first_order_rate_at(step))
             if config.zo.optimizer == "conservative":
                 tried = candidates(derivatives[0], rate)
                 tried_losses = self.objective.losses(tried, batch) if tried else []
                 derivatives = [choose(derivatives[0], tried_losses)]
                 losses = [*losses, *tried_losses]
             if ranks.is_first:
-                self._begin(journal)
-                if gradient is not None:
-                    self._gradients.append(step, gradient)
+                between.begin()
+                exact.append(step, gradient)
                 journal.append(step, losses, derivatives, rate, note)
             usable = [d for d in derivatives if math.isfinite(d.value)]
             self.optimizer.step(scales, usable, rate)
-            is_moved = self._step_first_order(gradient, note) or bool(usable)
+            is_moved = exact.step(gradient, note) or bool(usable)
             self._steps = step + 1
 
             skipped += not is_moved
@@ -238,9 +194,9 @@ class Trainer:
                     f"steps in a row up to step {step}; lower learning_rate or zo.epsilon. The "
                     "journal and the scales are intact"
                 )
-            self._note(probes, losses, derivatives, note)
+            between.note(probes, losses, derivatives, note)
             self._events.tell("step_end", step + 1)
-            self._after_step(journal, step + 1, time.monotonic() - started)
+            between.after_step(step + 1, time.monotonic() - started)
             if self._events.wants_stop:
                 ranks.ask(Wish.FINISH)
             if ranks.wish is Wish.STOP:
@@ -321,102 +277,27 @@ class Trainer:
             self._stretch()
         sets = (self.train_set, self.eval_set)
         header = header_of(self.config, self.checkpoint, self.scales, *sets, self._stretches)
-        part = self._first_order_header
+        part = None if self._exact is None else self._exact.header
         return header if part is None else {**header, "first_order": part}
-
-    _first_order_header: dict[str, Any] | None = None  # known once the journal was looked for
-    _forwards = 0.0  # of a batch, up to now
-
-    def _choose_first_order(self, journal: Journal) -> None:
-        """Choose what exact gradients move: as the journal says where there is one."""
-        self.scales.reset()
-        self.scales.directions.still = ()
-        self._first_order_header = (
-            journal.header.get("first_order")
-            if journal.is_on_disk
-            else first_order_header(self.config.zo, self.model, self.scales, self.objective)
-        )
-        header = {"first_order": self._first_order_header}
-        self._first_order: FirstOrder | None = first_order_of(header, self.scales)
-        if self._first_order is not None:
-            self._gradients = Gradients(self.folder / GRADIENTS_NAME, self._first_order.size)
-
-    def _begin(self, journal: Journal) -> None:
-        begin(journal, self.config)
-        part = self._first_order_header
-        if part is not None and write_importance(self.folder, part):
-            names = ("num_blocks", "importance")
-            self.metrics.append({"step": 0, **{f"first_order_{k}": part[k] for k in names}})
 
     def _ask(self, step: int) -> list[Probe]:
         """Return the probes of a step: none where exact gradients move everything."""
-        part = self._first_order
-        has_probes = part is None or part.size < len(self.scales)
-        return self.estimator.ask(step) if has_probes else []
-
-    def _exact_gradient(self, step: int, batch: Batch) -> tuple[Tensor | None, GradientNote | None]:
-        """Return the gradient of the first-order part and what the journal says of it.
-
-        Where loss or gradient are not finite, there are zeros instead, and no loss.
-        """
-        if self._first_order is None:
-            return None, None
-        loss, gradient = self.objective.gradient(batch, self._first_order.layers)
-        rate = self._learning_rate(step, self.config.zo.first_order_rate)
-        if not math.isfinite(loss) or not bool(gradient.isfinite().all()):
-            return torch.zeros_like(gradient), GradientNote(None, rate)
-        return gradient, GradientNote(loss, rate)
-
-    def _step_first_order(self, gradient: Tensor | None, note: GradientNote | None) -> bool:
-        """Move the first-order part; return whether it moved."""
-        if self._first_order is None or gradient is None or note is None or note.loss is None:
-            return False
-        self._first_order.step(self.scales, gradient, note.learning_rate)
-        return True
-
-    def _note(
-        self,
-        probes: Sequence[Probe],
-        losses: Sequence[float],
-        derivatives: Sequence[DirectionalDerivative],
-        note: GradientNote | None,
-    ) -> None:
-        """Take a step into the averages, and count its forwards."""
-        tried = losses[len(probes) :]  # at the candidates of a conservative step
-        shown = [x for probe, x in zip(probes, losses, strict=False) if not probe.is_tangent]
-        shown += tried
-        if note is not None and note.loss is not None:
-            shown.append(note.loss)
-        self._window.add(shown, derivatives)
-        config, part = self.config, self._first_order_header
-        num_examples = config.per_device_train_batch_size * config.gradient_accumulation_steps
-        backward = 0.0 if part is None else part["num_blocks"] / len(decoder_blocks(self.model))
-        self._forwards += forwards_of(probes, num_examples, backward) + len(tried)
-
-    def _profile_forwards(self) -> float:
-        part = self._first_order_header
-        return 0.0 if part is None or part.get("importance") is None else PROFILE_FORWARDS
+        is_exact = self._exact is not None and self._exact.moves_everything
+        return [] if is_exact else self.estimator.ask(step)
 
     def _stretch(self) -> dict[str, list[float]] | None:
         """Return the factors of directions by layer, measured once, at the start."""
-        zo, scales = self.config.zo, self.scales
-        if zo.stretch is None and zo.layer_scaling == "none":
-            return None
+        zo, objective = self.config.zo, self.objective
         if self._stretches is None:
-            factors, sizes = factors_of(scales.names, zo.stretch or {}), None
-            if zo.layer_scaling == "param_norm":
-                sizes = relative_sizes(scales.names, scales.file_norms())
-            if zo.layer_scaling == "grad_norm":
-                scales.reset()
-                batch = self.objective.batch(0)
-                norms = gradient_norms(
-                    scales,
-                    lambda probes: self.objective.losses(probes, batch),
-                    zo.epsilon,
-                    self.config.seed,
-                )
-                sizes = relative_sizes(scales.names, norms)
-            self._stretches = stretches(factors, sizes, zo.layer_scaling_rule)
+            self._stretches = measured_stretches(
+                self.scales,
+                lambda probes: objective.losses(probes, objective.batch(0)),
+                by_hand=zo.stretch,
+                scaling=zo.layer_scaling,
+                rule=zo.layer_scaling_rule,
+                epsilon=zo.epsilon,
+                seed=self.config.seed,
+            )
         return self._stretches
 
     def _restore(self, journal: Journal) -> None:
@@ -428,151 +309,37 @@ class Trainer:
             self.scales.take_sections(sections_of(journal.header))
         self.scales.reset()
         self.optimizer.restore({})
-        if self._first_order is not None:
-            self._first_order.restore({})
+        first_order = None if self._exact is None else self._exact.part
+        if first_order is not None:
+            first_order.restore({})
         if not journal.is_on_disk:
             stretch_scales(self.scales, {"stretch": self._stretch()})
             return
         start = 0
-        for folder in reversed(self._snapshots()) if self._ranks.is_first else ():
+        for folder in reversed(self._snapshots.numbered()) if self._ranks.is_first else ():
             snapshot = read_snapshot(folder)
             if snapshot.step <= journal.next_step:
-                self._take(snapshot)
+                self._snapshots.take(snapshot)
                 check_fingerprint(Fingerprint(snapshot.step, snapshot.fingerprint), self.scales)
                 start = snapshot.step
                 break
         apply_journal(
-            journal,
-            self.scales,
-            self.optimizer,
-            from_step=start,
-            first_order=self._first_order,
+            journal, self.scales, self.optimizer, from_step=start, first_order=first_order
         )
-
-    def _take(self, snapshot: Snapshot) -> None:
-        device = self.scales.values.device
-        self.scales.restore(snapshot.values)
-        state = {key: tensor.to(device) for key, tensor in snapshot.optimizer.items()}
-        prefix = _FIRST_ORDER_PREFIX
-        self.optimizer.restore({k: t for k, t in state.items() if not k.startswith(prefix)})
-        if self._first_order is not None:
-            self._first_order.restore(
-                {k.removeprefix(prefix): t for k, t in state.items() if k.startswith(prefix)}
-            )
 
     def _catch_up(self, journal: Journal) -> None:
         """Do what the end of an earlier call left undone after its last step."""
         if journal.next_step == 0:
             return
+        between = self._between
         for record in journal.records() if self._ranks.is_first else ():
-            if isinstance(record, Step) and record.step >= self.metrics.logged_step:
+            if isinstance(record, Step) and record.step >= between.metrics.logged_step:
                 losses = [math.nan if loss is None else loss for loss in record.losses]
                 probes = self._ask(record.step)  # more losses: of conservative candidates
                 own = losses[: len(probes)]
                 derivatives = self.estimator.tell(probes, own) if probes else []
-                self._note(probes, losses, derivatives, record.gradient)
-        self._after_step(journal, journal.next_step, 0.0)
-
-    def _after_step(self, journal: Journal, step: int, seconds: float) -> None:
-        """Log, evaluate and save where the recipe says so and it is not done.
-
-        Args:
-            journal: Of the run.
-            step: The number of steps done.
-            seconds: Time of the steps of this call.
-        """
-        config, is_first = self.config, self._ranks.is_first
-        if step % FINGERPRINT_STEPS == 0:
-            self._mark(journal, step)
-        is_due = step % config.logging_steps == 0 or step == config.max_steps
-        if is_first and is_due and self.metrics.logged_step < step:
-            self._log(step, seconds)
-        if config.evaluates_at(step) and step < config.max_steps:
-            self._evaluate(step)
-        if is_first and step % config.save_steps == 0 and step < config.max_steps:
-            self._save(step)
-
-    def _mark(self, journal: Journal, step: int) -> None:
-        """Put a fingerprint into the journal, and see that all processes have the same scales.
-
-        Raises:
-            QZOError: They have not.
-        """
-        fingerprint = self.scales.fingerprint()
-        differing = self._ranks.differing(fingerprint)
-        if differing:
-            raise QZOError(
-                f"step {step}: expected the same scales in all processes, but those of {differing} "
-                "differ from process 0; a computer or its memory fails there. The journal is intact"
-            )
-        if self._ranks.is_first:
-            journal.mark(fingerprint)
-
-    def _log(self, step: int, seconds: float) -> None:
-        numbers = self._window.take()
-        if self.config.objective != "loss" and numbers["loss"] is not None:
-            numbers["reward"] = 0.0 - numbers["loss"]  # no negative zero
-        numbers["learning_rate"] = self._learning_rate(step - 1)
-        line = {"step": step, **numbers, "forwards": self._forwards, "seconds": seconds}
-        self.metrics.append(line)
-        self._events.tell("log", step, logs=line)
-
-    def _learning_rate(self, step: int, highest: float | None = None) -> float:
-        """Return the rate of a step; the recipe's unless ``highest`` says where it starts."""
-        config = self.config
-        return learning_rate(
-            config.lr_scheduler_type,
-            config.learning_rate if highest is None else highest,
-            step,
-            max_steps=config.max_steps,
-            warmup_steps=config.warmup_steps,
-        )
-
-    def _evaluate(self, step: int) -> Evaluation | None:
-        """Evaluate, note it, and keep the scales if they are the best so far."""
-        if self.eval_set is None:
-            return None
-        is_first = self._ranks.is_first
-        if self._ranks.agree(is_first and self.metrics.has_evaluation(step)):
-            return None
-        result = self.evaluate()
-        if not is_first:
-            return result
-        self._begin(self._journal)
-        best = self.metrics.best(by_reward=result.reward is not None)
-        cost = result.loss if result.reward is None else -result.reward
-        if best is None or cost < best[1]:  # before it is noted: a stop repeats both
-            self._snapshot(self.folder / "best", step)
-        line = {f"eval_{key}": value for key, value in result.to_dict().items()}
-        self.metrics.append({"step": step, **line})
-        self._events.tell("evaluate", step, metrics=line)
-        return result
-
-    def _save(self, step: int) -> None:
-        """Write a snapshot, unless it is there, and remove the oldest ones."""
-        folder = self.folder / f"checkpoint-{step}"
-        if folder.exists():
-            return
-        self._snapshot(folder, step)
-        for old in self._snapshots()[: -self.config.save_total_limit]:
-            remove(old)
-        self._events.tell("save", step)
-
-    def _snapshot(self, folder: Path, step: int) -> None:
-        scales, part = self.scales, self._first_order
-        exact = {} if part is None else part.state()
-        remembered = {_FIRST_ORDER_PREFIX + key: tensor for key, tensor in exact.items()}
-        remembered |= self.optimizer.state()
-        state = Snapshot(step, scales.values, remembered, scales.fingerprint())
-        remove(folder)
-        with new_folder(folder) as partial:
-            save_snapshot(partial, state)
-
-    def _snapshots(self) -> list[Path]:
-        folders = self.folder.glob("checkpoint-*")
-        steps = [folder.name.removeprefix("checkpoint-") for folder in folders]
-        numbers = sorted(int(step) for step in steps if step.isdecimal())
-        return [self.folder / f"checkpoint-{number}" for number in numbers]
+                between.note(probes, losses, derivatives, record.gradient)
+        between.after_step(journal.next_step, 0.0)
 
     def _stop(self, journal: Journal) -> None:
         """End between two steps, so that the run can be continued at once.
@@ -582,7 +349,7 @@ class Trainer:
         """
         if self._ranks.is_first:
             journal.mark(self.scales.fingerprint())
-            self._save(self._steps)
+            self._between.save(self._steps)
         raise StoppedError(
             f"stopped by a signal after step {self._steps} of {self.config.max_steps}; to go on: "
             "resume_from_checkpoint=true"
@@ -592,23 +359,24 @@ class Trainer:
         self, journal: Journal, before: Evaluation | None, skipped: int, seconds: float
     ) -> Result:
         """Choose the scales to keep, write the adapter and the reference loss."""
-        steps = best_step = self._steps
-        self._mark(journal, steps)
+        steps, between = self._steps, self._between
+        best_step = steps
+        between.mark(steps)
         if not self._ranks.is_first:
-            after = self._evaluate(steps)
+            after = between.evaluate(steps)
             changed = changed_fraction(self.checkpoint, self.scales)
             return Result(steps, steps, before, after, changed, skipped, seconds)
-        self._save(steps)
-        after = self._evaluate(steps)
+        between.save(steps)
+        after = between.evaluate(steps)
         if self.eval_set is not None:
             best = read_snapshot(self.folder / "best")
             if self.config.load_best_model_at_end and best.step != steps:
-                self._take(best)
+                self._snapshots.take(best)
                 best_step, after = best.step, None
             after = after or self._evaluation(self.eval_set, Ranks(), self.config.objective)
         self._write_adapter(journal, best_step)
         changed = changed_fraction(self.checkpoint, self.scales)
-        self.metrics.append({"step": steps, "best_step": best_step, CLOSING_KEY: changed})
+        between.metrics.append({"step": steps, "best_step": best_step, CLOSING_KEY: changed})
         self._events.tell("train_end", steps)
         warnings = change_warnings(
             self.checkpoint,
@@ -625,26 +393,6 @@ class Trainer:
         write_reference(self.folder, self._reference, loss)
         save_adapter(self.folder, tensors, adapter_config(journal.header, self.checkpoint, step))
         apply_adapter(self.model, self.checkpoint, open_adapter(self.folder))
-
-
-def _check_exact(model: PreTrainedModel, config: Recipe, ranks: Ranks) -> None:
-    """Refuse what exact derivatives cannot go with.
-
-    Raises:
-        ConfigError: There is such a thing.
-    """
-    zo = config.zo
-    if zo.has_first_order and ranks.size > 1:
-        raise ConfigError(
-            f"zo.first_order_blocks: expected one process, got {ranks.size}: exact gradients are "
-            "not summed over processes; run without torchrun, or without first-order blocks"
-        )
-    is_exact = zo.has_first_order or zo.estimator == "forward_gradient"
-    if is_exact and getattr(model, "qzo_budget", None) is not None:
-        raise ConfigError(
-            "memory: expected a model that fits with exact derivatives, got one that streams its "
-            "blocks; choose zo.first_order_blocks: 0 and another zo.estimator, or a smaller model"
-        )
 
 
 def make_estimator(config: Recipe) -> Estimator:

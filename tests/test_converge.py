@@ -27,8 +27,8 @@ from qzo.bench.suite import read_suite, with_keys
 from qzo.config import recipe
 from qzo.errors import ConfigError, DataError
 from qzo.probes import Probe, forwards_of
+from qzo.result import StoppedError
 from qzo.tasks import TASKS
-from qzo.trainer import StoppedError
 
 SPSA = {"learning_rate": 1e-2, "zo": {"estimator": "spsa", "num_directions": 2}}
 ADAM = {"zo": {"optimizer": "adam"}, "grid": {"learning_rate": [1e-3, 3e-2]}}

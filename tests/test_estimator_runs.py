@@ -11,7 +11,6 @@ from support.runs import ESTIMATORS, MORE_ESTIMATORS, json_lines, tiny_checkpoin
 
 import qzo
 from qzo import run
-from qzo import trainer as trainer_module
 from qzo.checkpoint import open_checkpoint
 from qzo.compact_journal import write_compact
 from qzo.config import ZOConfig
@@ -36,7 +35,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def fingerprints() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer_module, "FINGERPRINT_STEPS", 2)
+        patch.setattr("qzo.between_steps.FINGERPRINT_STEPS", 2)
         yield
 
 

@@ -25,7 +25,7 @@ from support.runs import RECORDS, tiny_checkpoint, tiny_trainer, write_lines
 
 from quantizers.errors import FormatError
 from quantizers.weight import QuantizedWeight
-from qzo.adapter import open_adapter, read_snapshot, tuned_weight
+from qzo.adapter import open_adapter, tuned_weight
 from qzo.checkpoint import open_checkpoint
 from qzo.compact_journal import open_record, write_compact
 from qzo.config import read_recipe
@@ -37,6 +37,7 @@ from qzo.planner import plan
 from qzo.records import read_records
 from qzo.replay import replay
 from qzo.run_folder import read_reference
+from qzo.snapshots import read_snapshot
 
 SECONDS = 2.0
 BYTES = 500 * 2**20

@@ -24,6 +24,7 @@ from qzo.journal import Journal
 from qzo.probes import Probe
 from qzo.ranks import Ranks
 from qzo.scales import Scales
+from qzo.snapshots import Snapshots
 from qzo.trainer import Trainer
 
 NUM_LAYERS = 3
@@ -99,7 +100,7 @@ def stopped_at(count: int, function: Callable[..., Any]) -> Callable[..., Any]:
     [
         ("hybrid", Journal, "append", 0),  # the first gradient is on disk, and no step
         ("hybrid", Scales, "move", 9),  # steps are on disk that the scales made in part
-        ("hybrid", Trainer, "_snapshot", 0),
+        ("hybrid", Snapshots, "write", 0),
         *((name, Journal, "append", 3) for name in RUNS),  # the last one is on disk, its step not
     ],
 )
@@ -239,12 +240,15 @@ def test_a_resumed_run_takes_the_number_of_blocks_from_its_journal(
     base: Path, tmp_path: Path, straight: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = Path(shutil.copytree(straight["profile"], tmp_path / "run"))
-    monkeypatch.setattr("qzo.trainer.first_order_header", lambda *_: pytest.fail("profiled again"))
+    monkeypatch.setattr(
+        "qzo.exact_part.first_order_header", lambda *_: pytest.fail("profiled again")
+    )
     keys: dict[str, Any] = {"max_steps": STEPS}
     trainer = run_of(base, folder, RUNS["profile"], **keys)
     trainer.train()
-    assert trainer._first_order is not None
-    assert len(trainer._first_order.layers) == 14
+    assert trainer._exact is not None
+    assert trainer._exact.part is not None
+    assert len(trainer._exact.part.layers) == 14
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ import torch
 from support.runs import ESTIMATORS, change_tensor, json_lines, tiny_checkpoint, tiny_trainer
 
 import qzo
-from qzo import trainer as trainer_module
 from qzo.checkpoint import open_checkpoint
 from qzo.compact_journal import write_compact
 from qzo.coordinates import Coordinates
@@ -35,17 +34,26 @@ class Run:
         return self.folder / "journal.jsonl"
 
 
-@pytest.fixture(scope="module", params=sorted(ESTIMATORS))
-def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A finished run with a fingerprint every two steps; tests copy it before they change it."""
-    folder = tmp_path_factory.mktemp("replay")
+def trained_run(folder: Path, zo: dict[str, Any]) -> Run:
+    """Train with a fingerprint every two steps."""
     base = tiny_checkpoint(folder / "base")
-    zo = ESTIMATORS[request.param]
     trainer = tiny_trainer(base, folder / "run", max_steps=STEPS, zo=zo)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer_module, "FINGERPRINT_STEPS", 2)
+        patch.setattr("qzo.between_steps.FINGERPRINT_STEPS", 2)
         trainer.train()
     return Run(base, folder / "run", trainer.scales.values.clone())
+
+
+@pytest.fixture(scope="module", params=sorted(ESTIMATORS))
+def each(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A finished run for every kind of step; tests only read it."""
+    return trained_run(tmp_path_factory.mktemp("each"), ESTIMATORS[request.param])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A finished run; tests copy it before they change it."""
+    return trained_run(tmp_path_factory.mktemp("replay"), ESTIMATORS["momentum"])
 
 
 @pytest.fixture
@@ -91,16 +99,16 @@ def test_all_coordinates_and_optimizers_are_under_test() -> None:
     assert {z.get("optimizer", "sgd") for z in zo} == set(OPTIMIZERS) - {"sign"}  # as sgd
 
 
-def test_the_journal_gives_bitwise_the_trained_scales(run: Run) -> None:
-    assert torch.equal(rebuilt(run), run.values)
-    assert not torch.equal(rebuilt(run, to_step=STEPS - 1), run.values)
+def test_the_journal_gives_bitwise_the_trained_scales(each: Run) -> None:
+    assert torch.equal(rebuilt(each), each.values)
+    assert not torch.equal(rebuilt(each, to_step=STEPS - 1), each.values)
 
 
-def test_a_replay_agrees_with_the_adapter_and_all_fingerprints(run: Run) -> None:
-    result = qzo.replay(run.folder)
+def test_a_replay_agrees_with_the_adapter_and_all_fingerprints(each: Run) -> None:
+    result = qzo.replay(each.folder)
 
     assert (result.steps, result.num_fingerprints, result.adapter) == (STEPS, 3, "equal")
-    assert result.fingerprint == json_lines(run.journal)[-1]["fingerprint"]
+    assert result.fingerprint == json_lines(each.journal)[-1]["fingerprint"]
 
 
 def test_a_bare_journal_is_an_adapter(run: Run, tmp_path: Path) -> None:
@@ -114,17 +122,25 @@ def test_a_bare_journal_is_an_adapter(run: Run, tmp_path: Path) -> None:
     assert qzo.replay(tmp_path / "bare").adapter == "equal"
 
 
-@pytest.mark.parametrize("to_step", [None, 3])
-def test_a_compact_journal_is_an_adapter(run: Run, tmp_path: Path, to_step: int | None) -> None:
+def test_a_compact_journal_is_an_adapter(each: Run, tmp_path: Path) -> None:
+    compact = tmp_path / "run.safetensors"
+    write_compact(Journal.open(each.journal), compact)
+
+    result = qzo.replay(compact, out=tmp_path / "out")
+
+    assert (result.steps, result.num_fingerprints, result.adapter) == (STEPS, 3, "written")
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (each.folder / name).read_bytes()
+
+
+def test_a_compact_journal_replays_to_an_earlier_step(run: Run, tmp_path: Path) -> None:
     compact = tmp_path / "run.safetensors"
     write_compact(Journal.open(run.journal), compact)
 
-    result = qzo.replay(compact, to_step=to_step, out=tmp_path / "a")
+    result = qzo.replay(compact, to_step=3, out=tmp_path / "a")
 
-    assert (result.steps, result.adapter) == (to_step or STEPS, "written")
-    assert result.num_fingerprints == (1 if to_step else 3)
-    want = qzo.replay(run.folder, to_step=to_step, out=tmp_path / "b")
-    assert result == want
+    assert (result.steps, result.num_fingerprints) == (3, 1)
+    assert result == qzo.replay(run.folder, to_step=3, out=tmp_path / "b")
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 

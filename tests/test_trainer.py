@@ -4,6 +4,7 @@ import re
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,15 @@ from transformers import TrainerCallback
 
 import qzo
 from qzo import trainer as trainer_module
+from qzo.between_steps import BetweenSteps
 from qzo.errors import CheckpointError, ConfigError, QZOError
 from qzo.evaluate import evaluate
+from qzo.objective import Objective
+from qzo.optimizers.sgd import SGD
+from qzo.result import StoppedError
 from qzo.scales import Scales
-from qzo.trainer import StoppedError, Trainer
+from qzo.snapshots import Snapshots
+from qzo.trainer import Trainer
 
 EVALUATION = RECORDS[:4]
 STEPS = 6
@@ -48,7 +54,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def fingerprints() -> Iterator[None]:
     """Write a fingerprint every three steps, so that short runs have some."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer_module, "FINGERPRINT_STEPS", 3)
+        patch.setattr("qzo.between_steps.FINGERPRINT_STEPS", 3)
         yield
 
 
@@ -67,9 +73,13 @@ def eval_losses(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[float]], None
     return give
 
 
-@pytest.fixture(params=sorted(ESTIMATORS))
-def zo(request: pytest.FixtureRequest) -> dict[str, Any]:
-    return ESTIMATORS[request.param]
+# Those that differ in what is trained, and those whose optimizer remembers something.
+COORDINATES = ("row", "column", "rank_one", "relative", "absolute")
+STATEFUL = ("momentum", "adam", "lozo_momentum", "meazo", "hizoo", "conmezo")
+
+
+def test_every_estimator_is_under_test() -> None:
+    assert {*COORDINATES, *STATEFUL, "conservative"} == set(ESTIMATORS)
 
 
 def saved(folder: Path) -> dict[str, Any]:
@@ -104,13 +114,18 @@ def after_calls(function: Callable[..., Any], count: int) -> Callable[..., Any]:
 
 def with_bad_losses(trainer: Trainer, bad: Callable[[int, int], float | None]) -> None:
     """Let ``bad(step, place)`` replace a loss, where it is not None."""
-    measure, steps = trainer.objective.losses, iter(range(10**6))
+    measure, batch_of, steps = trainer.objective.losses, trainer.objective.batch, [0]
+
+    def batch(step: int) -> Any:
+        steps.append(step)
+        return batch_of(step)
 
     def losses(probes: Any, batch: Any) -> list[float]:
-        step, values = next(steps), measure(probes, batch)
-        replaced = [bad(step, place) for place in range(len(values))]
+        values = measure(probes, batch)
+        replaced = [bad(steps[-1], place) for place in range(len(values))]
         return [v if r is None else r for v, r in zip(values, replaced, strict=True)]
 
+    trainer.objective.batch = batch  # type: ignore[method-assign]
     trainer.objective.losses = losses  # type: ignore[method-assign]  # a fault is injected
 
 
@@ -140,10 +155,11 @@ def test_the_journal_header_names_what_a_replay_needs(base: Path, tmp_path: Path
     assert header["recipe"]["max_steps"] == 6
 
 
+@pytest.mark.parametrize("name", COORDINATES)
 def test_the_adapter_holds_the_trained_scales_in_the_dtype_of_the_file(
-    base: Path, tmp_path: Path, zo: dict[str, Any]
+    base: Path, tmp_path: Path, name: str
 ) -> None:
-    trainer = tiny_trainer(base, tmp_path / "run", max_steps=2, zo=zo)
+    trainer = tiny_trainer(base, tmp_path / "run", max_steps=2, zo=ESTIMATORS[name])
     trainer.train()
 
     adapter = load_file(tmp_path / "run" / "adapter_model.safetensors")
@@ -158,9 +174,9 @@ def test_the_adapter_holds_the_trained_scales_in_the_dtype_of_the_file(
         assert not torch.equal(tensor, stored[f"{name}.scales"])
 
 
-def test_training_is_reproducible(base: Path, tmp_path: Path, zo: dict[str, Any]) -> None:
+def test_training_is_reproducible(base: Path, tmp_path: Path) -> None:
     for name in ("a", "b"):
-        tiny_trainer(base, tmp_path / name, max_steps=3, zo=zo).train()
+        tiny_trainer(base, tmp_path / name, max_steps=3).train()
 
     first = json_lines(tmp_path / "a" / "journal.jsonl")
     second = json_lines(tmp_path / "b" / "journal.jsonl")
@@ -207,21 +223,23 @@ def test_a_model_computes_with_the_kept_scales_after_training(base: Path, tmp_pa
     assert (got - logits_of(dense_equal(base))).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("name", ["row", "conmezo"])
 def test_another_trainer_of_the_same_model_starts_from_the_base(
-    base: Path, tmp_path: Path, zo: dict[str, Any]
+    base: Path, tmp_path: Path, name: str
 ) -> None:
-    model = qzo.load(base)
-    for name in ("a", "b"):
-        Trainer(model, tiny_recipe(base, tmp_path / name, max_steps=2, zo=zo), RECORDS).train()
+    model, keys = qzo.load(base), {"max_steps": 2, "zo": ESTIMATORS[name]}
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        Trainer(model, tiny_recipe(base, folder, **keys), RECORDS).train()
 
     assert journal_steps(tmp_path / "a") == journal_steps(tmp_path / "b")
     assert qzo.replay(tmp_path / "b").adapter == "equal"
 
 
-def test_the_last_blocks_alone_can_be_trained(tmp_path: Path, zo: dict[str, Any]) -> None:
+@pytest.mark.parametrize("name", COORDINATES)
+def test_the_last_blocks_alone_can_be_trained(tmp_path: Path, name: str) -> None:
     base = tiny_checkpoint(tmp_path / "base", num_layers=3)
-    given = {**zo, "num_blocks": 2}
-    trainer = tiny_trainer(base, tmp_path / "run", zo=given, evaluation=EVALUATION)
+    given = {**ESTIMATORS[name], "num_blocks": 2}
+    trainer = tiny_trainer(base, tmp_path / "run", max_steps=3, zo=given)
 
     trainer.train()
 
@@ -247,72 +265,64 @@ def resumable(base: Path, folder: Path, **keys: Any) -> Trainer:
 
 
 @pytest.fixture(scope="module")
-def straight_runs(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Runs that were never stopped, one for each kind of coordinates."""
+def straight(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return the folder of a run that was never stopped, by its name."""
     folder = tmp_path_factory.mktemp("straight")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer_module, "FINGERPRINT_STEPS", 3)
-        for name, zo in ESTIMATORS.items():
-            resumable(base, folder / name, zo=zo).train()
-    return {name: folder / name for name in ESTIMATORS}
+
+    @cache
+    def run(name: str) -> Path:
+        resumable(base, folder / name, zo=ESTIMATORS[name]).train()
+        return folder / name
+
+    return run
 
 
-def stop_in(place: str, count: int) -> Callable[[Trainer], None]:
-    """Return what makes a trainer stop in call number ``count`` of one of its parts."""
-
-    def stop(trainer: Trainer) -> None:
-        owner: Any = trainer
-        *parents, name = place.split(".")
-        for parent in parents:
-            owner = getattr(owner, parent)
-        setattr(owner, name, after_calls(getattr(owner, name), count))
-
-    return stop
-
-
-PLACES = [
-    ("objective.losses", 0),  # in the first forward
-    ("optimizer.step", 3),  # in the journal, but not in the scales
-    ("scales.fingerprint", 1),  # before a fingerprint
-    ("_after_step", 3),  # before a line of metrics
-    ("evaluate", 2),  # before an evaluation
-    ("_snapshot", 1),  # before a snapshot
-    ("_finish", 0),  # before the adapter
+PLACES: list[tuple[Any, str, int]] = [
+    (Objective, "losses", 0),  # in the first forward
+    (SGD, "step", 3),  # in the journal, but not in the scales
+    (Scales, "fingerprint", 1),  # before a fingerprint
+    (BetweenSteps, "after_step", 3),  # before a line of metrics
+    (Trainer, "evaluate", 2),  # before an evaluation
+    (Snapshots, "write", 1),  # before a snapshot
+    (Trainer, "_finish", 0),  # before the adapter
 ]
 
 
 @pytest.mark.parametrize(
-    ("name", "place", "count", "save_steps"),
+    ("name", "owner", "method", "count", "save_steps"),
     [
-        *(("row", place, count, 3) for place, count in PLACES),
-        *((name, "objective.losses", 4, steps) for name in ESTIMATORS for steps in (3, 500)),
+        *(("row", *place, 3) for place in PLACES),
+        *((name, Objective, "losses", 4, 3) for name in ESTIMATORS),  # on from a snapshot
+        *((name, Objective, "losses", 4, 500) for name in ("row", *STATEFUL)),  # from the start
     ],
 )
 def test_a_run_that_was_stopped_anywhere_ends_like_one_that_was_not(
     base: Path,
     tmp_path: Path,
-    straight_runs: dict[str, Path],
+    straight: Callable[[str], Path],
     name: str,
-    place: str,
+    owner: Any,
+    method: str,
     count: int,
     save_steps: int,
 ) -> None:
     keys: dict[str, Any] = {"zo": ESTIMATORS[name], "save_steps": save_steps}
     first = resumable(base, tmp_path, **keys)
-    stop_in(place, count)(first)
-    with pytest.raises(StopError):
-        first.train()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, method, after_calls(getattr(owner, method), count))
+        with pytest.raises(StopError):
+            first.train()
 
     resumable(base, tmp_path, **keys).train()
 
-    assert saved(tmp_path) == saved(straight_runs[name])
-    assert logged(tmp_path) == logged(straight_runs[name])
+    assert saved(tmp_path) == saved(straight(name))
+    assert logged(tmp_path) == logged(straight(name))
     assert qzo.replay(tmp_path).adapter == "equal"
 
 
-@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize("name", ["row", *STATEFUL])
 def test_a_trainer_that_was_interrupted_can_train_on(
-    base: Path, tmp_path: Path, straight_runs: dict[str, Path], name: str
+    base: Path, tmp_path: Path, straight: Callable[[str], Path], name: str
 ) -> None:
     trainer = resumable(base, tmp_path, zo=ESTIMATORS[name])
     with pytest.MonkeyPatch.context() as patch:
@@ -323,7 +333,7 @@ def test_a_trainer_that_was_interrupted_can_train_on(
 
     trainer.train()
 
-    assert saved(tmp_path) == saved(straight_runs[name])
+    assert saved(tmp_path) == saved(straight(name))
 
 
 def test_a_finished_run_can_be_continued(base: Path, tmp_path: Path) -> None:
@@ -400,7 +410,7 @@ def test_sizes_of_layers_are_measured_once_in_a_run(
 ) -> None:
     keys: dict[str, Any] = {"zo": ESTIMATORS["hizoo"], "lr_scheduler_type": "constant"}
     tiny_trainer(base, tmp_path, max_steps=2, **keys).train()
-    monkeypatch.setattr(trainer_module, "gradient_norms", None)
+    monkeypatch.setattr("qzo.layer_scaling.gradient_norms", None)
 
     result = tiny_trainer(base, tmp_path, max_steps=3, resume_from_checkpoint=True, **keys).train()
 
@@ -498,11 +508,14 @@ def test_damaged_metrics_name_the_line(base: Path, tmp_path: Path) -> None:
 # --- losses that are not finite -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize(
+    ("name", "bad"),
+    [("row", math.inf), *((name, math.nan) for name in ("row", "conservative", *STATEFUL))],
+)
 def test_a_step_without_a_finite_loss_moves_nothing_and_is_counted(
-    base: Path, tmp_path: Path, zo: dict[str, Any], bad: float
+    base: Path, tmp_path: Path, name: str, bad: float
 ) -> None:
-    trainer = tiny_trainer(base, tmp_path / "run", max_steps=4, zo=zo)
+    trainer = tiny_trainer(base, tmp_path / "run", max_steps=4, zo=ESTIMATORS[name])
     with_bad_losses(trainer, lambda step, _: bad if step in (1, 3) else None)
     moved: list[torch.Tensor] = []
     move = trainer.optimizer.step

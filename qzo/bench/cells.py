@@ -30,10 +30,11 @@ from qzo.errors import ConfigError
 from qzo.files import read_json, write_bytes, write_json
 from qzo.metrics import NAME as METRICS_NAME
 from qzo.probes import forwards_of
+from qzo.result import DivergedError, StoppedError
 from qzo.run import train
 from qzo.run_folder import differing
 from qzo.tasks import examples_from_file, load_task
-from qzo.trainer import DivergedError, StoppedError, make_estimator
+from qzo.trainer import make_estimator
 
 RECORD_NAME = "cell.json"
 

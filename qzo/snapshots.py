@@ -1,0 +1,140 @@
+"""Snapshots: the state of a run between two steps, so that it need not be replayed from its start.
+
+A folder ``checkpoint-N`` holds the state after N steps; ``best`` that of the best evaluation.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from qzo.errors import CheckpointError
+from qzo.files import new_folder, read_json, remove, write_json
+from qzo.first_order import FirstOrder
+from qzo.optimizers import Optimizer
+from qzo.scales import Scales
+from qzo.tensor_files import TensorFiles, tensors_sha256, write_safetensors
+
+_SNAPSHOT_NAME = "scales.safetensors"
+_STATE_NAME = "trainer_state.json"
+_OPTIMIZER_PREFIX = "optimizer."
+_FIRST_ORDER_PREFIX = "first_order."  # of what its rule remembers, among the optimizer's
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The state of a run between two steps.
+
+    Attributes:
+        step: Steps done.
+        values: The fp32 master.
+        optimizer: What the optimizer remembers.
+        fingerprint: The sha256 of the master.
+    """
+
+    step: int
+    values: Tensor
+    optimizer: Mapping[str, Tensor]
+    fingerprint: str
+
+
+def save_snapshot(folder: Path, snapshot: Snapshot) -> None:
+    """Write a snapshot into a new folder."""
+    remembered = ((_OPTIMIZER_PREFIX + k, t.cpu()) for k, t in snapshot.optimizer.items())
+    tensors = [("values", snapshot.values.cpu()), *remembered]
+    write_safetensors(folder / _SNAPSHOT_NAME, tensors)
+    state = {
+        **{"step": snapshot.step, "fingerprint": snapshot.fingerprint},
+        "optimizer_sha256": tensors_sha256(snapshot.optimizer),
+    }
+    write_json(folder / _STATE_NAME, state)
+
+
+def read_snapshot(folder: Path) -> Snapshot:
+    """Read what ``save_snapshot`` wrote.
+
+    Raises:
+        CheckpointError: It is damaged.
+    """
+    tensors = TensorFiles(folder, [_SNAPSHOT_NAME])
+    state = read_json(folder / _STATE_NAME)
+    step, fingerprint = state.get("step"), state.get("fingerprint")
+    if type(step) is not int or not isinstance(fingerprint, str) or "values" not in tensors.files:
+        raise CheckpointError(
+            f"{folder}: expected a snapshot with values, step and fingerprint, got something else; "
+            "remove the folder to replay from an earlier one"
+        )
+    remembered = {
+        key.removeprefix(_OPTIMIZER_PREFIX): tensors[key]
+        for key in tensors.files
+        if key.startswith(_OPTIMIZER_PREFIX)
+    }
+    if state.get("optimizer_sha256") != tensors_sha256(remembered):
+        raise CheckpointError(
+            f"{folder}: what the optimizer remembers was changed; remove the folder to replay from "
+            "an earlier one"
+        )
+    return Snapshot(step, tensors["values"], remembered, fingerprint)
+
+
+class Snapshots:
+    """The snapshots in a run folder.
+
+    Args:
+        folder: Of the run.
+        scales: Its trained vector.
+        optimizer: Moves it.
+        first_order: What exact gradients move, if there is such a part.
+    """
+
+    def __init__(
+        self, folder: Path, scales: Scales, optimizer: Optimizer, first_order: FirstOrder | None
+    ) -> None:
+        self.folder = folder
+        self._scales, self._optimizer, self._first_order = scales, optimizer, first_order
+
+    def write(self, name: str, step: int) -> None:
+        """Write the present state as that after a number of steps; an older one is replaced."""
+        scales, part = self._scales, self._first_order
+        exact = {} if part is None else part.state()
+        remembered = {_FIRST_ORDER_PREFIX + key: tensor for key, tensor in exact.items()}
+        remembered |= self._optimizer.state()
+        state = Snapshot(step, scales.values, remembered, scales.fingerprint())
+        remove(self.folder / name)
+        with new_folder(self.folder / name) as partial:
+            save_snapshot(partial, state)
+
+    def write_numbered(self, step: int, *, limit: int) -> bool:
+        """Write a snapshot unless it is there, and remove the oldest ones; return whether it was.
+
+        Args:
+            step: Steps done.
+            limit: How many are kept.
+        """
+        name = f"checkpoint-{step}"
+        if (self.folder / name).exists():
+            return False
+        self.write(name, step)
+        for old in self.numbered()[:-limit]:
+            remove(old)
+        return True
+
+    def numbered(self) -> list[Path]:
+        """Return the folders of the numbered ones, in the order of their steps."""
+        folders = self.folder.glob("checkpoint-*")
+        steps = [folder.name.removeprefix("checkpoint-") for folder in folders]
+        numbers = sorted(int(step) for step in steps if step.isdecimal())
+        return [self.folder / f"checkpoint-{number}" for number in numbers]
+
+    def take(self, snapshot: Snapshot) -> None:
+        """Set scales, optimizer and first-order part to a snapshot."""
+        device = self._scales.values.device
+        self._scales.restore(snapshot.values)
+        state = {key: tensor.to(device) for key, tensor in snapshot.optimizer.items()}
+        prefix = _FIRST_ORDER_PREFIX
+        self._optimizer.restore({k: t for k, t in state.items() if not k.startswith(prefix)})
+        if self._first_order is not None:
+            self._first_order.restore(
+                {k.removeprefix(prefix): t for k, t in state.items() if k.startswith(prefix)}
+            )
