@@ -288,13 +288,16 @@ def test_a_model_with_attention_of_its_own_is_refused(tmp_path: Path) -> None:
         trained_vector(model, ZOConfig(**PREFIX), 0)
 
 
-def test_a_prefix_that_no_journal_holds_is_refused(tmp_path: Path) -> None:
+def test_a_prefix_that_no_journal_holds_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_gptq(tmp_path, tiny_model())
-    zo = ZOConfig(tuned="prefix", prefix_tokens=70000)
+    monkeypatch.setattr("qzo.prefix._VALUES_MAX", 639)  # as 2**22 would take a minute
+    zo = ZOConfig(tuned="prefix", prefix_tokens=10)
     with pytest.raises(
         ConfigError,
-        match=r"^zo.prefix_tokens: expected at most 4194304 keys and values, got 4480000; take "
-        "fewer tokens$",
+        match=r"^zo.prefix_tokens: expected at most 639 keys and values, got 640; take fewer "
+        "tokens$",
     ):
         trained_vector(qzo.load(tmp_path), zo, 0)
 
