@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from qzo.version import __version__
 
 if TYPE_CHECKING:
-    from qzo.config import recipe
     from qzo.export import export
     from qzo.model import load
+    from qzo.recipe_file import recipe
     from qzo.replay import replay
     from qzo.trainer import Trainer
     from qzo.wrap import wrap
@@ -24,7 +24,7 @@ _MODULES = {
     "Trainer": "qzo.trainer",
     "export": "qzo.export",
     "load": "qzo.model",
-    "recipe": "qzo.config",
+    "recipe": "qzo.recipe_file",
     "replay": "qzo.replay",
     "wrap": "qzo.wrap",
 }

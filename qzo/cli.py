@@ -213,7 +213,7 @@ def train(
     as_json: AsJSON = False,
 ) -> None:
     """Train the scales of a checkpoint into output_dir."""
-    from qzo.config import read_recipe
+    from qzo.recipe_file import read_recipe
 
     config = read_recipe(recipe, overrides or [])
     from qzo.progress import ProgressCallback, loading_progress

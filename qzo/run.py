@@ -13,7 +13,7 @@ from qzo.card import model_card
 from qzo.checkpoint import Checkpoint, open_checkpoint
 from qzo.config import Recipe
 from qzo.errors import ConfigError
-from qzo.estimators import evaluations_per_example
+from qzo.estimators import evaluations_per_example, make_estimator
 from qzo.examples import ExampleSet, read_set, split_records
 from qzo.files import write_bytes
 from qzo.interrupts import explained_bus_errors
@@ -26,7 +26,7 @@ from qzo.ranks import Ranks
 from qzo.result import Result
 from qzo.rewards import WRITTEN, RewardFunction, load_reward
 from qzo.streaming import Budget, available_bytes
-from qzo.trainer import Trainer, make_estimator
+from qzo.trainer import Trainer
 
 _SMALL = 0.5  # of the memory: a checkpoint that is smaller is not planned before it is loaded
 
@@ -157,7 +157,9 @@ def _planned_bytes(
     """Return what can stream, and all the other memory of a run with these examples."""
     zo = recipe.zo
     num_examples = recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps
-    probes = evaluations_per_example(make_estimator(recipe), num_examples)
+    probes = evaluations_per_example(
+        make_estimator(zo.estimator, recipe.estimator_settings), num_examples
+    )
     probes += recipe.zo.optimizer == "conservative"  # three candidates of a step
     lengths = [len(row) for data in sets for example in data.examples for row in example.rows]
     written = _written_tokens(recipe, sets)

@@ -15,7 +15,6 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
 
-from qzo import estimators
 from qzo.adapter import (
     adapter_tensors,
     apply_adapter,
@@ -30,7 +29,7 @@ from qzo.config import Recipe
 from qzo.conservative import candidates, choose
 from qzo.encoding import EncodedExample
 from qzo.errors import ConfigError, DataError
-from qzo.estimators import Estimator
+from qzo.estimators import make_estimator
 from qzo.evaluate import Evaluation, evaluate
 from qzo.exact_part import ExactPart, check_exact
 from qzo.examples import ExampleSet, from_encoded, from_records
@@ -97,7 +96,7 @@ class Trainer:
         check_exact(model, config, self._ranks)
         self.folder = Path(config.output_dir)
         self._live, self.scales = trained_vector(model, config.zo, config.seed)
-        self.estimator = make_estimator(config)
+        self.estimator = make_estimator(config.zo.estimator, config.estimator_settings)
         self.optimizer = make_optimizer(config.zo.optimizer, config.zo.optimizer_settings)
         self._stretches: dict[str, list[float]] | None = None
         self._exact: ExactPart | None = None  # known once the journal was looked for
@@ -393,11 +392,3 @@ class Trainer:
         write_reference(self.folder, self._reference, loss)
         save_adapter(self.folder, tensors, adapter_config(journal.header, self.checkpoint, step))
         apply_adapter(self.model, self.checkpoint, open_adapter(self.folder))
-
-
-def make_estimator(config: Recipe) -> Estimator:
-    """Return the estimator of a recipe."""
-    settings = config.estimator_settings
-    if config.zo.optimizer == "hizoo" and config.zo.estimator == "spsa":
-        settings["measures_curvature"] = True
-    return estimators.make_estimator(config.zo.estimator, settings)

@@ -24,7 +24,6 @@ from qzo.bench.scaling import Cost, Workload, bench_scaling, fit_line
 from qzo.bench.step import QZOStep, StepSettings, estimator_keys
 from qzo.bench.training_run import RunResult, RunSettings, run_apart
 from qzo.checkpoint import open_checkpoint
-from qzo.config import recipe
 from qzo.encoding import EncodedExample
 from qzo.errors import ConfigError, QZOError
 from qzo.examples import from_encoded
@@ -32,6 +31,7 @@ from qzo.linear import QuantLinear
 from qzo.model import load, quant_linears
 from qzo.objective import Objective
 from qzo.probes import Probe
+from qzo.recipe_file import recipe
 from qzo.scales import Scales
 from qzo.synthetic import Synthetic, synthetic_checkpoint
 from qzo.trainer import Trainer

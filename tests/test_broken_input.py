@@ -25,7 +25,7 @@ from support.runs import (
     write_tokenizer,
 )
 
-from qzo.config import read_recipe
+from qzo.recipe_file import read_recipe
 from qzo.run import train
 
 

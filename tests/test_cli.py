@@ -43,7 +43,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     base = tiny_checkpoint(folder / "base")
     data = write_lines(folder / "data.jsonl", RECORDS)
     recipe = write_recipe(folder / "recipe.yaml", base, data, folder / "run")
-    from qzo.config import read_recipe
+    from qzo.recipe_file import read_recipe
     from qzo.run import train
 
     train(read_recipe(recipe))

@@ -4,8 +4,10 @@ from typing import Any
 
 import pytest
 
-from qzo.config import PRESETS, Recipe, ZOConfig, read_recipe, recipe
+from qzo.config import Recipe, ZOConfig
+from qzo.defaults import PRESETS
 from qzo.errors import ConfigError
+from qzo.recipe_file import read_recipe, recipe
 
 SMALLEST = {"model": "base", "data": "reviews.jsonl", "output_dir": "runs/reviews"}
 

@@ -24,9 +24,9 @@ from qzo.bench.cells import forwards_per_step, reached
 from qzo.bench.converge import converge
 from qzo.bench.converge_report import loss_figure, table, write_report
 from qzo.bench.suite import read_suite, with_keys
-from qzo.config import recipe
 from qzo.errors import ConfigError, DataError
 from qzo.probes import Probe, forwards_of
+from qzo.recipe_file import recipe
 from qzo.result import StoppedError
 from qzo.tasks import TASKS
 

@@ -28,12 +28,12 @@ from quantizers.weight import QuantizedWeight
 from qzo.adapter import open_adapter, tuned_weight
 from qzo.checkpoint import open_checkpoint
 from qzo.compact_journal import open_record, write_compact
-from qzo.config import read_recipe
 from qzo.errors import ConfigError, QZOError
 from qzo.inspect_checkpoint import inspect
 from qzo.journal import Journal
 from qzo.metrics import Metrics
 from qzo.planner import plan
+from qzo.recipe_file import read_recipe
 from qzo.records import read_records
 from qzo.replay import replay
 from qzo.run_folder import read_reference

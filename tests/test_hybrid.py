@@ -15,7 +15,6 @@ from torch.func import functional_call
 
 import qzo
 from qzo.compact_journal import write_compact
-from qzo.config import recipe
 from qzo.directions import directions
 from qzo.errors import CheckpointError, ConfigError
 from qzo.first_order import FirstOrder, block_importance, num_last_blocks
@@ -23,6 +22,7 @@ from qzo.gradients import Gradients
 from qzo.journal import Journal
 from qzo.probes import Probe
 from qzo.ranks import Ranks
+from qzo.recipe_file import recipe
 from qzo.scales import Scales
 from qzo.snapshots import Snapshots
 from qzo.trainer import Trainer

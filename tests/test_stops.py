@@ -19,7 +19,7 @@ from support import forked
 from support.runs import RECORDS, json_lines, tiny_checkpoint, write_lines
 
 import qzo
-from qzo.config import recipe
+from qzo.recipe_file import recipe
 from qzo.run import train
 
 STEPS = 120

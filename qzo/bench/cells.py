@@ -23,18 +23,19 @@ from transformers import (
 
 from quantizers.errors import FormatError
 from qzo.bench.suite import Method, Suite, TaskEntry, with_keys
-from qzo.config import Recipe, read_keys, recipe
+from qzo.config import Recipe
 from qzo.conservative import NUM_TRIED
 from qzo.data import hold_out, load_records
 from qzo.errors import ConfigError
+from qzo.estimators import make_estimator
 from qzo.files import read_json, write_bytes, write_json
 from qzo.metrics import NAME as METRICS_NAME
 from qzo.probes import forwards_of
+from qzo.recipe_file import read_keys, recipe
 from qzo.result import DivergedError, StoppedError
 from qzo.run import train
 from qzo.run_folder import differing
 from qzo.tasks import examples_from_file, load_task
-from qzo.trainer import make_estimator
 
 RECORD_NAME = "cell.json"
 
@@ -166,7 +167,7 @@ def forwards_per_step(config: Recipe, task: TaskEntry) -> float:
     usual = _examples_of_step(recipe({**task.fragment, "output_dir": ""}))
     num_blocks = _num_blocks(config.model) if zo.has_first_order else 1
     is_exact = zo.first_order_blocks >= (zo.num_blocks or num_blocks)  # then nothing is probed
-    probes = [] if is_exact else make_estimator(config).ask(0)
+    probes = [] if is_exact else make_estimator(zo.estimator, config.estimator_settings).ask(0)
     tried = NUM_TRIED if zo.optimizer == "conservative" else 0
     cost = forwards_of(probes, own, zo.first_order_blocks / num_blocks) + tried
     return cost * own / usual

@@ -31,12 +31,12 @@ from qzo.bench.clock import Ratio, interleaved, ratio
 from qzo.bench.machine import hardware, versions
 from qzo.bench.parts import PARTS, Stopwatch, timed
 from qzo.checkpoint import open_checkpoint
-from qzo.config import recipe
 from qzo.encoding import EncodedExample
 from qzo.errors import ConfigError
 from qzo.examples import from_encoded
 from qzo.journal import NAME, Journal
 from qzo.model import load_checkpoint, quant_linears
+from qzo.recipe_file import recipe
 from qzo.trainer import Trainer
 
 Progress = Callable[[str], None]

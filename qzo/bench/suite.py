@@ -15,8 +15,9 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from qzo.config import Count, Float, Int, read_keys, recipe
+from qzo.config import Count, Float, Int
 from qzo.errors import ConfigError
+from qzo.recipe_file import read_keys, recipe
 
 NO_POINT = "as-given"  # name of the one point of a method without a grid
 

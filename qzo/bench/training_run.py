@@ -26,7 +26,7 @@ from qzo.bench.clock import wait_for
 from qzo.bench.process import Peaks, run_watched, seconds_since_start
 from qzo.bench.step import estimator_keys
 from qzo.checkpoint import open_checkpoint
-from qzo.config import Recipe, recipe
+from qzo.config import Recipe
 from qzo.errors import ConfigError
 from qzo.examples import from_encoded
 from qzo.files import read_json, write_json
@@ -34,6 +34,7 @@ from qzo.journal import NAME, Journal
 from qzo.journal_lines import Step
 from qzo.linear import QuantLinear
 from qzo.model import decoder_blocks
+from qzo.recipe_file import recipe
 from qzo.run import load_model
 from qzo.trainer import Trainer
 

@@ -6,10 +6,10 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qzo.config import recipe
 from qzo.encoding import Candidate, EncodedExample
 from qzo.model import quant_linears
 from qzo.probes import Probe
+from qzo.recipe_file import recipe
 from qzo.trainer import Trainer
 from support.models import logits_of
 

@@ -1,0 +1,159 @@
+"""What one key of a recipe says of another: combinations that are refused, in words."""
+
+from qzo.config import Recipe, ZOConfig
+from qzo.coordinates import BY_FACTORS
+from qzo.direction_settings import problem_of
+from qzo.errors import ConfigError
+from qzo.estimators import make_estimator
+from qzo.memory import parse_memory
+
+
+def check_together(values: Recipe) -> None:
+    """Refuse keys that do not go together.
+
+    Raises:
+        ConfigError: There are such keys.
+    """
+    if values.reward is not None and values.objective != "reward":
+        raise ConfigError(
+            f"reward: expected none with objective {values.objective!r}, got {values.reward!r}; "
+            "set objective: reward"
+        )
+    if values.memory_limit is not None:
+        parse_memory(values.memory_limit, "memory_limit")
+    if values.prompt == "none" and values.task is None:
+        raise ConfigError(
+            "prompt: expected a task whose template is left out, got 'none' without a task; "
+            "own data has the prompts that it holds"
+        )
+    zo = values.zo
+    problem = problem_of(zo.direction, zo.coordinates, zo.direction_settings)
+    if problem is not None:
+        raise ConfigError(f"zo.{problem}")
+    if zo.optimizer == "lozo_momentum" and zo.direction != "lozo":
+        raise ConfigError(
+            f"zo.optimizer: expected 'lozo_momentum' with zo.direction 'lozo' only, got "
+            f"{zo.direction!r}; use 'momentum'"
+        )
+    if values.zo.estimator == "per_example" and values.zo.coordinates not in BY_FACTORS:
+        raise ConfigError(
+            f"zo.estimator: expected 'spsa' in {values.zo.coordinates!r} coordinates, got "
+            f"'per_example', which needs one of {', '.join(BY_FACTORS)}"
+        )
+    _check_estimator(values)
+    _check_optimizer(values.zo)
+    _check_exact(values)
+    _check_depth(values.zo)
+    _check_tuned(values.zo)
+
+
+def _check_estimator(values: Recipe) -> None:
+    zo = values.zo
+    for key in ("examples_per_direction", "sides"):
+        default, got = ZOConfig.model_fields[key].default, getattr(zo, key)
+        if zo.estimator != "per_example" and got != default:
+            raise ConfigError(
+                f"zo.{key}: expected {default!r} with {zo.estimator!r}, got {got!r}; only "
+                "'per_example' reads it"
+            )
+    make_estimator(zo.estimator, values.estimator_settings)  # checks them
+
+
+# The estimators that an optimizer works with, where it needs one, and why.
+_ESTIMATORS = {
+    "hizoo": (("spsa", "spsa_1_5"), "which measures the curvature along a direction"),
+    "conmezo": (("spsa",), "two-sided probes along directions that the whole batch shares"),
+    "conservative": (("spsa", "one_sided"), "whose directions the whole batch shares"),
+}
+
+
+def _check_optimizer(zo: ZOConfig) -> None:
+    allowed, reason = _ESTIMATORS.get(zo.optimizer, ((zo.estimator,), ""))
+    if zo.estimator not in allowed:
+        raise ConfigError(
+            f"zo.estimator: expected {' or '.join(map(repr, allowed))} with the optimizer "
+            f"{zo.optimizer!r}, {reason}, got {zo.estimator!r}"
+        )
+    if zo.optimizer == "conservative" and zo.num_directions != 1:
+        raise ConfigError(
+            "zo.num_directions: expected 1 with the optimizer 'conservative', which tries a step "
+            f"along one direction, got {zo.num_directions}"
+        )
+    if zo.optimizer == "conservative" and zo.layer_scaling != "none":
+        raise ConfigError(
+            "zo.layer_scaling: expected 'none' with the optimizer 'conservative', whose steps go "
+            f"where probes went, got {zo.layer_scaling!r}"
+        )
+
+
+def _check_exact(values: Recipe) -> None:
+    """Refuse what exact derivatives cannot go with.
+
+    Raises:
+        ConfigError: There is such a thing.
+    """
+    zo = values.zo
+    is_forward = zo.estimator == "forward_gradient"
+    if values.objective != "loss" and (is_forward or zo.has_first_order):
+        raise ConfigError(
+            f"objective: expected 'loss' with exact derivatives, got {values.objective!r}, which "
+            "has none"
+        )
+    if is_forward and zo.max_loss_difference is not None:
+        raise ConfigError(
+            "zo.max_loss_difference: expected none with 'forward_gradient', which measures slopes "
+            f"and no loss differences, got {zo.max_loss_difference}"
+        )
+    if values.memory_limit is not None and (is_forward or zo.has_first_order):
+        raise ConfigError(
+            "memory_limit: expected none with exact derivatives, which need more memory than "
+            f"forward passes, got {values.memory_limit!r}; leave it out, or choose "
+            "zo.first_order_blocks: 0 and another zo.estimator"
+        )
+    if zo.first_order_layers == "profile" and zo.first_order_blocks:
+        raise ConfigError(
+            "zo.first_order_blocks: expected 0 with zo.first_order_layers 'profile', which finds "
+            f"the number, got {zo.first_order_blocks}"
+        )
+    if zo.num_blocks is not None and zo.first_order_blocks > zo.num_blocks:
+        raise ConfigError(
+            f"zo.first_order_blocks: expected at most zo.num_blocks, {zo.num_blocks}, got "
+            f"{zo.first_order_blocks}"
+        )
+    needs_rate = zo.has_first_order and zo.first_order_optimizer == "sgd"
+    if needs_rate and zo.first_order_learning_rate is None:
+        raise ConfigError(
+            "zo.first_order_learning_rate: expected a number with zo.first_order_optimizer 'sgd', "
+            "got none"
+        )
+    if (is_forward or zo.has_first_order) and (zo.tuned != "scales" or zo.unquantized):
+        key, got = ("tuned", zo.tuned) if zo.tuned != "scales" else ("unquantized", zo.unquantized)
+        raise ConfigError(
+            f"zo.{key}: expected scales alone with exact derivatives, got {got!r}; leave it out"
+        )
+
+
+def _check_depth(zo: ZOConfig) -> None:
+    if zo.depth is None:
+        return
+    first, stop = zo.depth
+    if zo.num_blocks is not None:
+        raise ConfigError(
+            f"zo.num_blocks: expected none with zo.depth {[first, stop]}, got {zo.num_blocks}"
+        )
+    if first >= stop:
+        raise ConfigError(
+            f"zo.depth: expected two parts of the depth, the smaller one first, got {[first, stop]}"
+        )
+
+
+def _check_tuned(zo: ZOConfig) -> None:
+    if zo.tuned == "scales":
+        return
+    for key in ("unquantized", "modules"):
+        hint = "; use zo.lora_modules" if (zo.tuned, key) == ("lora", "modules") else ""
+        if getattr(zo, key):
+            raise ConfigError(
+                f"zo.{key}: expected none with zo.tuned {zo.tuned!r}, got {getattr(zo, key)}; "
+                f"it goes with 'scales'{hint}"
+            )
