@@ -92,8 +92,7 @@ def packed_attention(
         prefixes: Gives keys and values to put in front of texts, by the places of their first
             tokens.
     """
-    name, before = f"qzo_packed_{id(model)}", model.config._attn_implementation
-    attend = ALL_ATTENTION_FUNCTIONS[before]
+    attend = ALL_ATTENTION_FUNCTIONS[model.config._attn_implementation]
 
     def attend_packed(
         module: nn.Module,
@@ -107,7 +106,15 @@ def packed_attention(
         assert packed is not None
         return _attend(attend, packed, module, (query, key, value), options, prefixes), None
 
-    ALL_ATTENTION_FUNCTIONS[name] = attend_packed
+    with attending(model, f"qzo_packed_{id(model)}", attend_packed):
+        yield
+
+
+@contextmanager
+def attending(model: PreTrainedModel, name: str, attend: Attend) -> Iterator[None]:
+    """Let a model attend in another way, which transformers knows by a name meanwhile."""
+    before = model.config._attn_implementation
+    ALL_ATTENTION_FUNCTIONS[name] = attend
     model.config._attn_implementation = name
     try:
         yield

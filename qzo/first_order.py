@@ -10,8 +10,7 @@ that have a given share of it.
 Steps of the part, as torch.optim makes them, on ``g``:
 
 - ``sgd``: ``u = g``.
-- ``adam``: ``m <- b1 m + (1 - b1) g``, ``w <- b2 w + (1 - b2) g^2``,
-  ``u = (m / (1 - b1^t)) / (sqrt(w / (1 - b2^t)) + eps)`` after t steps;
+- ``adam``: ``u`` as in ``moments``;
 
 then ``v <- max(v - learning_rate * u, 0)``. Adam: arXiv 1412.6980, algorithm 1.
 """
@@ -20,11 +19,11 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from qzo.errors import CheckpointError, QZOError
+from qzo.moments import Moments
 from qzo.scales import Scales
 
 # What a replay and a resume read of a header.
@@ -81,8 +80,9 @@ class FirstOrder:
         self.layers = [place for place, name in enumerate(scales.names) if name in chosen]
         self._parts = scales.parts(self.layers)
         self.size = sum(stop - start for start, stop in self._parts)
-        self._moments: Float[Tensor, "2 size"] | None = None
-        self._num_steps = 0
+        self._moments: Moments | None = None
+        if optimizer == "adam":
+            self._moments = Moments(*(settings[name] for name in _SETTINGS["adam"]))
         scales.directions.still = self._parts
 
     def step(self, scales: Scales, gradient: Float[Tensor, " size"], learning_rate: float) -> None:
@@ -94,29 +94,18 @@ class FirstOrder:
 
     def state(self) -> dict[str, Tensor]:
         """Return what the rule remembers, for a snapshot."""
-        if self._moments is None:
-            return {}
-        return {"moments": self._moments, "num_steps": torch.tensor(self._num_steps)}
+        return {} if self._moments is None else self._moments.state()
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Take over what ``state`` returned; nothing: start again."""
-        moments = state.get("moments")
-        self._moments = None if moments is None else moments.clone()
-        self._num_steps = int(state["num_steps"]) if "num_steps" in state else 0
+        if self._moments is not None:
+            self._moments.restore(state)
 
     def _direction(self, gradient: Float[Tensor, " size"]) -> Float[Tensor, " size"]:
-        if self.optimizer == "sgd":
-            return gradient
         if self._moments is None:
-            self._moments = torch.zeros(2, self.size, device=gradient.device)
-        self._num_steps += 1
-        averages = []
-        betas = self.settings["adam_beta1"], self.settings["adam_beta2"]
-        for moment, beta, term in zip(self._moments, betas, (gradient, gradient**2), strict=True):
-            moment.mul_(beta).add_(term * (1 - beta))
-            averages.append(moment / (1 - beta**self._num_steps))
-        mean, square = averages
-        return torch.div(mean, square.sqrt() + self.settings["adam_epsilon"])
+            return gradient
+        self._moments.begin_step(self.size, gradient.device)
+        return self._moments.direction(gradient, 0, self.size)
 
 
 def first_order_of(header: Mapping[str, Any], scales: Scales) -> FirstOrder | None:

@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from qzo.attention import Attend, can_pack, with_prefix
+from qzo.attention import attending, can_pack, with_prefix
 from qzo.errors import CheckpointError, ConfigError
 from qzo.linear import Live
 from qzo.probes import start_seed
@@ -82,7 +82,11 @@ def _activations(
         result: tuple[Tensor, Any] = attend(module, query, key, value, None, **options)
         return result
 
-    with torch.inference_mode(), _at_base(live), _attending(model, record):
+    with (
+        torch.inference_mode(),
+        _at_base(live),
+        attending(model, f"qzo_recorded_{id(model)}", record),
+    ):
         model(
             input_ids=tokens.to(model.device),
             position_ids=positions.to(model.device),
@@ -103,19 +107,6 @@ def _at_base(live: Live) -> Iterator[None]:
         yield
     finally:
         live.effective = None
-
-
-@contextmanager
-def _attending(model: PreTrainedModel, attend: Attend) -> Iterator[None]:
-    """Let a model attend in another way while the block runs."""
-    name, before = f"qzo_recorded_{id(model)}", model.config._attn_implementation
-    ALL_ATTENTION_FUNCTIONS[name] = attend
-    model.config._attn_implementation = name
-    try:
-        yield
-    finally:
-        model.config._attn_implementation = before
-        del ALL_ATTENTION_FUNCTIONS[name]
 
 
 def prefixes_of(live: Live, module: nn.Module) -> list[Float[Tensor, "probes heads n _"]] | None:

@@ -117,6 +117,11 @@ def _first_problem(error: ValidationError) -> str:
         return f"{key}: expected this key in the recipe, not found"
     if problem["type"] == "extra_forbidden":
         return f"{key}: unknown key; {_nearest(key)}"
+    return wrong_value(key, problem)
+
+
+def wrong_value(key: str, problem: Mapping[str, Any]) -> str:
+    """Say in words what pydantic says of a value."""
     expected = problem["msg"].removeprefix("Input should be ")
     if expected.startswith(("greater", "less")):
         expected = f"a number {expected}"

@@ -24,6 +24,7 @@ from qzo.examples import ExampleSet
 from qzo.objective import Objective, example_loss, needed_rows, stratified
 from qzo.probes import Probe
 from qzo.scales import Scales
+from qzo.stack import build_stack
 
 COORDINATES: tuple[Coordinates, ...] = ("absolute", "relative", "row")
 # fp32 forwards, summed in another order, of losses near 1
@@ -196,7 +197,7 @@ def test_probes_of_many_tokens_take_several_forwards(
     probes = [Probe(seed, 0.02, (first, first + 1)) for seed in (5, 6) for first in range(3)]
     want = made.losses(probes, batch)
     stacks = []
-    build = module.build_stack
+    build = build_stack
 
     def counted(items: Any, *rest: Any, **options: Any) -> Any:
         stacks.append(items)

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qzo.config import Count, Float, Int
 from qzo.errors import ConfigError
-from qzo.recipe_file import read_keys, recipe
+from qzo.recipe_file import read_keys, recipe, wrong_value
 
 NO_POINT = "as-given"  # name of the one point of a method without a grid
 
@@ -301,10 +301,7 @@ def _first_problem(error: ValidationError, model: type[BaseModel]) -> str:
         return f"{key}: unknown key; {_nearest(key, model.model_fields)}"
     if problem["type"] == "too_short":
         return f"{key}: expected at least one, got {problem['input']!r}"
-    expected = problem["msg"].removeprefix("Input should be ")
-    if expected.startswith(("greater", "less")):
-        expected = f"a number {expected}"
-    return f"{key}: expected {expected}, got {problem['input']!r}"
+    return wrong_value(key, problem)
 
 
 def _nearest(key: str, known: Iterable[str]) -> str:
