@@ -364,6 +364,7 @@ def test_a_watched_process_that_fails_says_why() -> None:
         run_watched(["no_module"])
 
 
+@pytest.mark.slow
 def test_a_run_apart_has_the_losses_of_one_in_this_process(base: Path) -> None:
     settings = RunSettings(str(base), batch_size=2, seq_len=8, steps=2)
 

@@ -58,8 +58,9 @@ def naive(model: Any, tokenizer: Any, prompt: str, *, num_tokens: int, stop: str
     return text
 
 
-@pytest.mark.parametrize("stop", [None, "f"])
-@pytest.mark.parametrize("coordinates", COORDINATES)
+@pytest.mark.parametrize(
+    ("coordinates", "stop"), [("row", "f"), *((name, None) for name in COORDINATES)]
+)
 def test_stacked_probes_write_what_each_writes_alone(
     model: Any, tokenizer: Any, coordinates: Coordinates, stop: str | None
 ) -> None:
