@@ -180,8 +180,7 @@ def test_quantize_gptq_keeps_every_other_tensor_in_fp16(tmp_path: Path, kind: st
         assert torch.equal(tensors[key], stored[key].half())
 
 
-@pytest.mark.parametrize("kind", ["llama", "opt"])
-@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize(("kind", "act_order"), [("llama", False), ("opt", True)])
 def test_quantize_gptq_calibrates_each_block_on_the_quantized_ones_before_it(
     tmp_path: Path, kind: str, act_order: bool
 ) -> None:
@@ -225,8 +224,7 @@ def hessians_of(model: PreTrainedModel, layers: list[str], tokens: Tensor) -> di
     return {layer: hessian.matrix for layer, hessian in hessians.items()}
 
 
-@pytest.mark.parametrize("kind", ["llama", "opt"])
-@pytest.mark.parametrize("is_symmetric", [True, False])
+@pytest.mark.parametrize(("kind", "is_symmetric"), [("llama", True), ("opt", False)])
 def test_a_gptq_checkpoint_loads_and_computes_with_the_weights_in_its_file(
     tmp_path: Path, kind: str, is_symmetric: bool
 ) -> None:
