@@ -1,18 +1,27 @@
 """What a recipe holds where it does not say: by its preset, its estimator and what is trained.
 
 - ``paper``: QZO as published (arXiv 2505.13430, section 4.1).
-- ``default``: row coordinates with a direction per example.
+- ``default``: multipliers on the rows of queries and keys behind the first third of the blocks; for
+  every two examples eight directions of their own, each loss against the others. What a recipe
+  names itself is left alone: with another ``zo.estimator`` the estimator's part of this does not
+  apply, with other coordinates, blocks or modules the layers' part does not.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
+from qzo.coordinates import BY_FACTORS
 from qzo.errors import ConfigError
 
 # What an estimator takes if the recipe names no learning rate: their steps differ in length.
 # per_example, normalised: recipes/LOG.md; absolute: the QZO paper; the others were not tuned.
 _SPSA_RATES = {"row": 3e-3, "column": 1e-2, "rank_one": 3e-3, "relative": 1e-3, "absolute": 1e-7}
 _LEARNING_RATES = {
+    ("leave_one_out", "row"): 1.5e-1,
+    ("leave_one_out", "column"): 1e-1,
+    ("leave_one_out", "rank_one"): 1e-1,
+    ("leave_one_out", "lora"): 1e-2,
+    ("leave_one_out", "prefix"): 1e-2,
     ("per_example", "row"): 5e-2,
     ("per_example", "column"): 5e-2,
     ("per_example", "rank_one"): 5e-2,
@@ -32,8 +41,17 @@ _LEARNING_RATES = {
 
 _EPSILONS = {"prefix": 1e-1}  # MeZO, as above
 
+# Measured: recipes/BENCHMARKS.md. Two examples of a stratified batch differ in class, and what
+# their gradients have in common but for its sign cancels.
+_DEFAULT_ESTIMATOR = {"estimator": "per_example", "sides": "leave_one_out", "num_directions": 8}
+# Queries and keys by the names of the common architectures: their gradients agree most between
+# examples, those of the first blocks least.
+_DEFAULT_LAYERS = {"modules": ["q_proj", "k_proj", "query", "key", "qkv"], "depth": [0.33, 1.0]}
+_EXAMPLES = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 1}
+_CHOICES_OF_LAYERS = {"coordinates", "modules", "depth", "num_blocks", "tuned", "unquantized"}
+
 PRESETS: dict[str, dict[str, Any]] = {
-    "default": {},
+    "default": {},  # see ``_default_zo``
     "paper": {
         "learning_rate": 1e-7,
         "lr_scheduler_type": "constant",
@@ -63,10 +81,24 @@ def with_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(zo, Mapping) or not all(isinstance(key, str) for key in zo):
         raise ConfigError(f"zo: expected keys and values, got {type(zo).__name__}")
     defaults = PRESETS[preset]
-    zo = {**defaults.get("zo", {}), **zo}
+    zo = {**(_default_zo(values, zo) if preset == "default" else defaults["zo"]), **zo}
     tuned = zo.get("tuned", "scales")
     place = zo.get("coordinates", "row") if tuned == "scales" else tuned
-    kind = (zo.get("estimator", "per_example"), place)
-    rate = next((rate for key, rate in _LEARNING_RATES.items() if key == kind), 5e-2)
+    estimator = zo.get("estimator", "per_example")
+    if zo.get("sides") == "leave_one_out":
+        estimator = "leave_one_out"
+    rate = next((r for key, r in _LEARNING_RATES.items() if key == (estimator, place)), 5e-2)
     zo = {**({"epsilon": _EPSILONS[place]} if place in _EPSILONS else {}), **zo}
     return {"learning_rate": rate, **defaults, **values, "zo": zo}
+
+
+def _default_zo(values: Mapping[str, Any], zo: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what preset ``default`` adds to the choices of a recipe."""
+    result: dict[str, Any] = {}
+    if "estimator" not in zo and zo.get("coordinates", "row") in BY_FACTORS:
+        sizes = [values.get(key, size) for key, size in _EXAMPLES.items()]
+        is_even = any(type(size) is int and size % 2 == 0 for size in sizes)
+        result |= {**_DEFAULT_ESTIMATOR, "examples_per_direction": 2 if is_even else 1}
+    if not _CHOICES_OF_LAYERS & set(zo):
+        result |= _DEFAULT_LAYERS
+    return result

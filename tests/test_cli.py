@@ -298,7 +298,7 @@ def test_export_writes_a_checkpoint_with_the_trained_loss(
     ran = qzo("export", place.run, "--out", tmp_path / "out", "--json")
 
     assert ran.code == 0, ran.err
-    assert ran.value["num_changed"] == 7
+    assert ran.value["num_changed"] == 2  # queries and keys of one block
     # rounding the scales to fp16
     assert ran.value["exported_loss"] == pytest.approx(ran.value["trained_loss"], abs=5e-3)
     assert qzo("inspect", tmp_path / "out", "--json").code == 0

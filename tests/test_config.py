@@ -28,9 +28,46 @@ def write(path: Path, text: str) -> Path:
 def test_the_smallest_recipe_takes_the_defaults() -> None:
     result = made()
 
-    assert result == Recipe(**SMALLEST)  # type: ignore[arg-type]  # strings, all of them
-    assert (result.preset, result.zo) == ("default", ZOConfig())
-    assert (result.zo.estimator, result.zo.coordinates) == ("per_example", "row")
+    zo = ZOConfig(
+        estimator="per_example",
+        sides="leave_one_out",
+        num_directions=8,
+        examples_per_direction=2,
+        modules=["q_proj", "k_proj", "query", "key", "qkv"],
+        depth=(0.33, 1.0),
+    )
+    keys: dict[str, Any] = {**SMALLEST, "learning_rate": 0.15, "zo": zo}
+    assert result == Recipe(**keys)
+    assert (result.preset, result.zo.coordinates) == ("default", "row")
+
+
+@pytest.mark.parametrize("batch", [1, 3, 16])
+def test_pairs_of_examples_share_directions_where_the_batch_has_pairs(batch: int) -> None:
+    zo = made(per_device_train_batch_size=batch).zo
+
+    assert zo.examples_per_direction == (2 if batch % 2 == 0 else 1)
+
+
+@pytest.mark.parametrize(
+    ("zo", "has_estimator", "has_layers"),
+    [
+        ({"estimator": "spsa"}, False, True),
+        ({"num_directions": 4}, True, True),
+        ({"num_blocks": 3}, True, False),
+        ({"coordinates": "column"}, True, False),
+        ({"coordinates": "relative", "estimator": "spsa"}, False, False),
+        ({"tuned": "lora"}, True, False),
+    ],
+)
+def test_what_a_recipe_chooses_the_default_leaves_alone(
+    zo: dict[str, Any], has_estimator: bool, has_layers: bool
+) -> None:
+    result = made(zo=zo).zo
+
+    assert (result.sides == "leave_one_out") is has_estimator
+    assert (result.depth is not None) is has_layers
+    assert (result.modules is not None) is has_layers
+    assert {key: getattr(result, key) for key in zo} == zo
 
 
 def test_preset_paper_is_section_4_1_of_the_paper() -> None:
@@ -197,7 +234,8 @@ def test_a_recipe_needs_no_data_where_the_trainer_is_given_examples() -> None:
             "compares the losses of directions, got 1"),
         ({"zo": {"estimator": "rloo"}}, "zo.num_directions: expected at least 2 with 'rloo', which "
             "compares the losses of directions, got 1"),
-        ({"zo": {"sides": "leave_one_out"}}, "zo.num_directions: expected at least 2 with "
+        ({"zo": {"estimator": "per_example", "sides": "leave_one_out"}},
+            "zo.num_directions: expected at least 2 with "
             "'leave_one_out', which compares the losses of directions, got 1"),
         ({"zo": {"sides": "one"}}, "zo.sides: expected 'two' or 'leave_one_out', got 'one'"),
         ({"zo": {"estimator": "spsa", "sides": "leave_one_out"}}, "zo.sides: expected 'two' with "
@@ -205,10 +243,10 @@ def test_a_recipe_needs_no_data_where_the_trainer_is_given_examples() -> None:
         ({"zo": {"estimator": "rloo", "examples_per_direction": 2}}, "zo.examples_per_direction: "
             "expected 1 with 'rloo', got 2; only 'per_example' reads it"),
         ({"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2,
-          "zo": {"examples_per_direction": 4}}, "zo.examples_per_direction: expected a number that "
-            "divides the 6 examples of a step, got 4"),
-        ({"zo": {"num_directions": 2**20}}, "zo.num_directions: expected fewer than 16777215 "
-            "directions in a step, got 16777216"),
+          "zo": {"estimator": "per_example", "examples_per_direction": 4}},
+            "zo.examples_per_direction: expected a number that divides the 6 examples of a step, got 4"),
+        ({"zo": {"estimator": "per_example", "num_directions": 2**20}},
+            "zo.num_directions: expected fewer than 16777215 directions in a step, got 16777216"),
         ({"zo": {"basis_steps": 0}}, "zo.basis_steps: expected a number greater than or equal to "
             "1, got 0"),
         ({"zo": {"optimizer": "hizoo"}}, "zo.estimator: expected 'spsa' or 'spsa_1_5' with the "

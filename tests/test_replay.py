@@ -213,7 +213,9 @@ def test_a_replay_of_a_run_with_a_loss_that_was_not_finite_is_bitwise_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = tiny_checkpoint(tmp_path / "base")
-    trainer = tiny_trainer(base, tmp_path / "run", zo={"normalize": False})
+    trainer = tiny_trainer(
+        base, tmp_path / "run", zo={"estimator": "per_example", "normalize": False}
+    )
     measure = trainer.objective.losses
     steps = iter(range(STEPS))
 

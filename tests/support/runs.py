@@ -36,9 +36,9 @@ COMPLETIONS: list[dict[str, Any]] = [
 ]
 
 ESTIMATORS: dict[str, dict[str, Any]] = {
-    "row": {},
-    "column": {"coordinates": "column"},
-    "rank_one": {"coordinates": "rank_one"},
+    "row": {"estimator": "per_example", "coordinates": "row"},
+    "column": {"estimator": "per_example", "coordinates": "column"},
+    "rank_one": {"estimator": "per_example", "coordinates": "rank_one"},
     "relative": {"estimator": "spsa", "coordinates": "relative", "num_directions": 2},
     "absolute": {
         **{"estimator": "spsa", "coordinates": "absolute", "direction": "gaussian"},
