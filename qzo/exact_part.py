@@ -15,10 +15,9 @@ from qzo.config import Recipe, ZOConfig
 from qzo.errors import ConfigError
 from qzo.first_order import FirstOrder, first_order_of
 from qzo.gradients import NAME, Gradients
-from qzo.hybrid import PROFILE_FORWARDS, first_order_header, write_importance
+from qzo.hybrid import PROFILE_FORWARDS, backward_part, first_order_header, write_importance
 from qzo.journal import Journal
 from qzo.journal_lines import GradientNote
-from qzo.model import decoder_blocks
 from qzo.objective import Batch, Objective
 from qzo.ranks import Ranks
 from qzo.scales import Scales
@@ -60,7 +59,7 @@ class ExactPart:
         self.backward = 0.0
         if self.part is not None and self.header is not None:
             self._gradients = Gradients(self._folder / NAME, self.part.size)
-            self.backward = self.header["num_blocks"] / len(decoder_blocks(model))
+            self.backward = backward_part(model, self.header["layers"])
 
     @property
     def moves_everything(self) -> bool:

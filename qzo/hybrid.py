@@ -70,10 +70,24 @@ def _profile(scales: Scales, objective: Objective, blocks: Sequence[int]) -> lis
 
 
 def _block_numbers(model: PreTrainedModel, names: Sequence[str]) -> list[int]:
-    """Return the decoder block of every trained layer, from 0 for the first trained block.
+    """Return the decoder block of every trained layer, from 0 for the first trained block."""
+    numbers = _blocks_of(model, names)
+    return [number - min(numbers) for number in numbers]
 
-    A quantized head goes with the last block.
+
+def backward_part(model: PreTrainedModel, names: Sequence[str]) -> float:
+    """Return the part of the model that a backward goes through, down to the first of some layers.
+
+    Args:
+        model: The model.
+        names: Of its quantized layers.
     """
+    num_blocks = len(decoder_blocks(model))
+    return 1 - min(_blocks_of(model, names)) / num_blocks
+
+
+def _blocks_of(model: PreTrainedModel, names: Sequence[str]) -> list[int]:
+    """Return the decoder block of some layers; a quantized head goes with the last one."""
     blocks = decoder_blocks(model)
     place = {
         layer.name: number
@@ -81,8 +95,7 @@ def _block_numbers(model: PreTrainedModel, names: Sequence[str]) -> list[int]:
         for layer in block.modules()
         if isinstance(layer, QuantLinear)
     }
-    numbers = [place.get(name, len(blocks) - 1) for name in names]
-    return [number - min(numbers) for number in numbers]
+    return [place.get(name, len(blocks) - 1) for name in names]
 
 
 def write_importance(folder: Path, header: Mapping[str, Any]) -> bool:

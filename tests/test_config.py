@@ -244,9 +244,11 @@ def test_a_recipe_needs_no_data_where_the_trainer_is_given_examples() -> None:
             "expected 1 with 'rloo', got 2; only 'per_example' reads it"),
         ({"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2,
           "zo": {"estimator": "per_example", "examples_per_direction": 4}},
-            "zo.examples_per_direction: expected a number that divides the 6 examples of a step, got 4"),
+            "zo.examples_per_direction: expected a number that divides the 6 examples of a step, "
+            "got 4"),
         ({"zo": {"estimator": "per_example", "num_directions": 2**20}},
-            "zo.num_directions: expected fewer than 16777215 directions in a step, got 16777216"),
+            "zo.num_directions: expected fewer than 16777215 directions in a step, got "
+            "16777216"),
         ({"zo": {"basis_steps": 0}}, "zo.basis_steps: expected a number greater than or equal to "
             "1, got 0"),
         ({"zo": {"optimizer": "hizoo"}}, "zo.estimator: expected 'spsa' or 'spsa_1_5' with the "
