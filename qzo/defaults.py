@@ -48,7 +48,10 @@ _DEFAULT_ESTIMATOR = {"estimator": "per_example", "sides": "leave_one_out", "num
 # examples, those of the first blocks least.
 _DEFAULT_LAYERS = {"modules": ["q_proj", "k_proj", "query", "key", "qkv"], "depth": [0.33, 1.0]}
 _EXAMPLES = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 1}
-_CHOICES_OF_LAYERS = {"coordinates", "modules", "depth", "num_blocks", "tuned", "unquantized"}
+_CHOICES_OF_LAYERS = {
+    *("coordinates", "modules", "depth", "num_blocks", "tuned", "unquantized"),
+    *("first_order_blocks", "first_order_layers"),
+}
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},  # see ``_default_zo``

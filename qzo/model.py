@@ -154,10 +154,7 @@ def trained_layers(
         raise ConfigError(
             f"zo.num_blocks: expected at most the model's {len(blocks)} blocks, got {num_blocks}"
         )
-    first, stop = len(blocks) - num_blocks, len(blocks)
-    if depth is not None:
-        first, stop = (math.floor(part * len(blocks) + 0.5) for part in depth)
-        stop = max(stop, first + 1)
+    first, stop = trained_blocks(len(blocks), num_blocks, depth)
     for layer in layers:
         layer.index = -1
     layers[0].live.forked = blocks[first:]
@@ -174,6 +171,17 @@ def trained_layers(
             f"{key}: expected a part of a layer's name, such as {layers[-1].name!r}, got {modules}"
         )
     return chosen
+
+
+def trained_blocks(
+    count: int, num_blocks: int | None, depth: tuple[float, float] | None
+) -> tuple[int, int]:
+    """Return the first trained decoder block of ``count``, and the one behind the last."""
+    if depth is None:
+        return count - (num_blocks or count), count
+    first, stop = (math.floor(part * count + 0.5) for part in depth)
+    first = min(first, count - 1)
+    return first, max(stop, first + 1)
 
 
 def _skeleton(folder: Path) -> PreTrainedModel:

@@ -836,7 +836,8 @@ def test_completions_are_trained_too(base: Path, tmp_path: Path) -> None:
 def test_gradient_accumulation_gives_every_example_its_own_direction(
     base: Path, tmp_path: Path
 ) -> None:
-    keys = {"max_steps": 1, "gradient_accumulation_steps": 2, "zo": ESTIMATORS["row"]}
+    keys: dict[str, Any] = {"max_steps": 1, "zo": ESTIMATORS["row"]}
+    keys["gradient_accumulation_steps"] = 2
     tiny_trainer(base, tmp_path / "run", **keys).train()
 
     (line,) = journal_steps(tmp_path / "run")

@@ -30,6 +30,7 @@ from qzo.errors import ConfigError
 from qzo.estimators import make_estimator
 from qzo.files import read_json, write_bytes, write_json
 from qzo.metrics import NAME as METRICS_NAME
+from qzo.model import trained_blocks
 from qzo.probes import forwards_of
 from qzo.recipe_file import read_keys, recipe
 from qzo.result import DivergedError, StoppedError
@@ -165,11 +166,15 @@ def forwards_per_step(config: Recipe, task: TaskEntry) -> float:
     """Return the forwards of a step, counted over batches of the task's size."""
     own, zo = _examples_of_step(config), config.zo
     usual = _examples_of_step(recipe({**task.fragment, "output_dir": ""}))
-    num_blocks = _num_blocks(config.model) if zo.has_first_order else 1
-    is_exact = zo.first_order_blocks >= (zo.num_blocks or num_blocks)  # then nothing is probed
+    is_exact, backward = False, 0.0
+    if zo.has_first_order:
+        count = _num_blocks(config.model)
+        first, stop = trained_blocks(count, zo.num_blocks, zo.depth)
+        is_exact = zo.first_order_blocks >= stop - first  # then nothing is probed
+        backward = (count - stop + zo.first_order_blocks) / count
     probes = [] if is_exact else make_estimator(zo.estimator, config.estimator_settings).ask(0)
     tried = NUM_TRIED if zo.optimizer == "conservative" else 0
-    cost = forwards_of(probes, own, zo.first_order_blocks / num_blocks) + tried
+    cost = forwards_of(probes, own, backward) + tried
     return cost * own / usual
 
 
