@@ -29,7 +29,7 @@ def short_run(model: PreTrainedModel, folder: Path, *, steps: int = 3, **zo: Any
         "max_steps": steps,
         "per_device_train_batch_size": 2,
         "learning_rate": 0.05,
-        "zo": zo,
+        "zo": {"coordinates": "row", **zo},
     }
     trainer = Trainer(model, recipe(values), examples())
     trainer.train()
