@@ -31,7 +31,10 @@ from qzo.result import StoppedError
 from qzo.tasks import TASKS
 
 SPSA = {"learning_rate": 1e-2, "zo": {"estimator": "spsa", "num_directions": 2}}
-ADAM = {"zo": {"optimizer": "adam"}, "grid": {"learning_rate": [1e-3, 3e-2]}}
+ADAM = {
+    "zo": {"estimator": "per_example", "coordinates": "row", "optimizer": "adam"},
+    "grid": {"learning_rate": [1e-3, 3e-2]},
+}
 SPSA_GRID = {**SPSA, "grid": {"learning_rate": [1e-2, 1e-4]}}
 METRICS = ("loss", "accuracy", "accuracy_bias_corrected")
 
@@ -261,7 +264,8 @@ def test_progress_names_the_run_and_the_time_left(base: Path, data: Path, tmp_pa
 def test_a_method_that_diverges_is_reported_and_the_others_go_on(
     base: Path, data: Path, tmp_path: Path
 ) -> None:
-    wild = {"learning_rate": 1e38, "zo": {"max_skipped_steps": 2, "optimizer": "sign"}}
+    zo = {"estimator": "per_example", "coordinates": "row", "optimizer": "sign"}
+    wild = {"learning_rate": 1e38, "zo": {**zo, "max_skipped_steps": 2}}
     keys = suite_keys(base, data, methods={"wild": wild, "spsa": SPSA}, seeds=[0])
 
     results = run(tmp_path, keys)

@@ -126,15 +126,16 @@ def without_new_keys(journal: Path) -> None:
 
 
 def test_a_journal_without_the_new_keys_is_continued(base: Path, tmp_path: Path) -> None:
-    straight = trainer_of(base, tmp_path / "straight", {})
+    zo = ESTIMATORS["row"]
+    straight = trainer_of(base, tmp_path / "straight", zo)
     straight.train()
-    stopped(trainer_of(base, tmp_path / "stopped", {}), after=3)
+    stopped(trainer_of(base, tmp_path / "stopped", zo), after=3)
     without_new_keys(tmp_path / "stopped" / "journal.jsonl")
 
     reason = r"zo\.basis_steps: expected None as in the run that is to be continued, got 2"
     with pytest.raises(ConfigError, match=f"^{reason}$"):
-        trainer_of(base, tmp_path / "stopped", {"basis_steps": 2}).train()
-    trainer_of(base, tmp_path / "stopped", {}).train()
+        trainer_of(base, tmp_path / "stopped", {**zo, "basis_steps": 2}).train()
+    trainer_of(base, tmp_path / "stopped", zo).train()
 
     assert lines(tmp_path / "stopped") == lines(tmp_path / "straight")
     assert qzo.replay(tmp_path / "stopped").adapter == "equal"

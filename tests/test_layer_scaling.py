@@ -145,6 +145,7 @@ def test_a_header_with_another_stretch_is_refused(stretch: Any) -> None:
 def test_a_run_notes_the_factors_that_it_measured(tmp_path: Path) -> None:
     base = tiny_checkpoint(tmp_path / "base")
     zo = {"estimator": "spsa", "layer_scaling": "grad_norm", "stretch": {"q_proj": 2.0}}
+    zo["coordinates"] = "row"
     trainer = tiny_trainer(base, tmp_path / "run", max_steps=1, zo=zo)
     names = trainer.scales.names
     batch = trainer.objective.batch(0)

@@ -317,7 +317,7 @@ def test_accuracy_is_the_reward_where_it_is_trained_on(base: Path) -> None:
 
 
 def test_training_on_a_reward_raises_it(base: Path, tmp_path: Path) -> None:
-    zo = {"estimator": "spsa", "num_directions": 8, "epsilon": 0.05}
+    zo = {"estimator": "spsa", "coordinates": "row", "num_directions": 8, "epsilon": 0.05}
     keys: dict[str, Any] = {"max_steps": 24, "learning_rate": 0.1, "zo": zo, "eval_steps": 8}
 
     result = rewarded(base, tmp_path / "run", evaluation=COMPLETIONS, **keys).train()

@@ -76,7 +76,7 @@ class StepSettings:
 
 
 def estimator_keys(coordinates: str) -> dict[str, Any]:
-    """Return the recipe keys that train these coordinates as the presets do.
+    """Return the recipe keys that train all layers in these coordinates with two-sided probes.
 
     Args:
         coordinates: ``row`` (one direction an example), ``relative`` (one for the batch) or
@@ -86,7 +86,7 @@ def estimator_keys(coordinates: str) -> dict[str, Any]:
         ConfigError: There are no such coordinates.
     """
     keys: dict[str, dict[str, Any]] = {
-        "row": {},
+        "row": {"zo": {"coordinates": "row", "estimator": "per_example"}},
         "relative": {"zo": {"coordinates": "relative", "estimator": "spsa"}},
         "absolute": {"preset": "paper"},
     }
