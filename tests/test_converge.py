@@ -30,6 +30,8 @@ from qzo.recipe_file import recipe
 from qzo.result import StoppedError
 from qzo.tasks import TASKS
 
+pytestmark = pytest.mark.slow  # whole runs; the file takes half a minute
+
 SPSA = {"learning_rate": 1e-2, "zo": {"estimator": "spsa", "num_directions": 2}}
 ADAM = {
     "zo": {"estimator": "per_example", "coordinates": "row", "optimizer": "adam"},

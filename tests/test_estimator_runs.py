@@ -19,6 +19,8 @@ from qzo.examples import ExampleSet
 from qzo.journal import Journal
 from qzo.trainer import Trainer
 
+pytestmark = pytest.mark.slow  # whole runs; the file takes half a minute
+
 STEPS = 4
 FILES = ("adapter_model.safetensors", "adapter_config.json")
 

@@ -27,6 +27,8 @@ from qzo.scales import Scales
 from qzo.snapshots import Snapshots
 from qzo.trainer import Trainer
 
+pytestmark = pytest.mark.slow  # whole runs; the file takes half a minute
+
 NUM_LAYERS = 3
 STEPS = 4
 

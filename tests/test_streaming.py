@@ -26,6 +26,8 @@ from qzo.scales import Scales
 from qzo.streaming import Budget, DeviceCopies, MappedPages, attach, stream
 from qzo.trainer import Trainer
 
+pytestmark = pytest.mark.slow  # whole runs; the file takes half a minute
+
 CPU = torch.device("cpu")
 NUM_BLOCKS = 4
 WRITERS: dict[str, Callable[[Path, PreTrainedModel], Any]] = {
