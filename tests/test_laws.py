@@ -28,6 +28,8 @@ from qzo.probes import DirectionalDerivative, Probe
 from qzo.scales import Scales
 from qzo.subspaces import near_square, orthonormal, tree_sum
 
+pytestmark = pytest.mark.slow  # the file takes half a minute
+
 NAMES = ("m.layers.0.a", "m.layers.0.b", "m.layers.1.a", "m.layers.10.a", "head")
 SHAPES = ((6, 2), (4, 1), (5, 3), (3, 3), (7, 1))
 SIZE = sum(rows * columns for rows, columns in SHAPES)

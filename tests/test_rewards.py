@@ -32,6 +32,8 @@ from qzo.probes import Probe
 from qzo.rewards import best_f1, check_objective, exact_match, is_right, load_reward, make_judge
 from qzo.tasks import load_task
 
+pytestmark = pytest.mark.slow  # the file takes half a minute
+
 SPSA = {"estimator": "spsa", "num_directions": 4, "epsilon": 0.1}
 QUESTION = Question("say:", ("the cat", "dogs"), {"id": 7})
 SQUAD = [
