@@ -146,7 +146,12 @@ def plan(
     batch_size: Annotated[int, typer.Option(help="Examples of a step.")] = 16,
     seq_len: Annotated[int, typer.Option(help="Tokens of an example.")] = 512,
     memory: Annotated[str | None, typer.Option(help="What is there: 24GiB, 8GB.")] = None,
-    coordinates: Annotated[str, typer.Option(help="row, relative or absolute.")] = "row",
+    coordinates: Annotated[
+        str, typer.Option(help="row, column, rank_one, relative or absolute.")
+    ] = "row",
+    num_probes: Annotated[
+        int, typer.Option(help="Evaluations of an example: 8 in preset default, 2 in paper.")
+    ] = 8,
     dtype: Annotated[str, typer.Option(help="float32 (CPU), float16 or bfloat16 (CUDA).")] = (
         "float32"
     ),
@@ -155,6 +160,7 @@ def plan(
     """Tell what a training step needs, part by part; needs no weights and no device."""
     from qzo.memory import parse_memory
     from qzo.planner import plan as run
+    from qzo.probes import stacked_probes
 
     with _stdout_for(as_json) as print_json:
         result = run(
@@ -163,6 +169,7 @@ def plan(
             seq_len=seq_len,
             memory_bytes=None if memory is None else parse_memory(memory),
             coordinates=coordinates,
+            num_probes=stacked_probes(num_probes, batch_size, seq_len),
             dtype=dtype,
         )
         if as_json:

@@ -168,7 +168,8 @@ def trained_layers(
     ]
     if not chosen:
         raise ConfigError(
-            f"{key}: expected a part of a layer's name, such as {layers[-1].name!r}, got {modules}"
+            f"{key}: expected a part of a layer's name, such as {layers[-1].name!r}, got "
+            f"{modules}; name layers of this model there"
         )
     return chosen
 

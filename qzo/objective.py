@@ -31,7 +31,7 @@ from qzo.exact import tangents
 from qzo.examples import ExampleSet, LossName, Question
 from qzo.generation import Generator
 from qzo.linear import Live
-from qzo.probes import Probe
+from qzo.probes import STACKED_TOKENS, Probe
 from qzo.ranks import Ranks
 from qzo.rewards import (
     WRITTEN,
@@ -44,10 +44,6 @@ from qzo.rewards import (
 )
 from qzo.scales import Scales
 from qzo.stack import Stack, answer_scores, build_stack, exact_scores
-
-# Of one forward: the probes of a micro-batch that have more take several, one after another. A
-# number of its own, not what memory allows, since sums of other stacks round in other ways.
-STACKED_TOKENS = 2**14
 
 Batch = list[list[Any]]  # micro-batches of encoded examples, or of questions to write answers to
 

@@ -51,6 +51,16 @@ class DirectionalDerivative:
     basis: int = 0
 
 
+# Of one forward: the probes of a micro-batch that have more take several, one after another. A
+# number of its own, not what memory allows, since sums of other stacks round in other ways.
+STACKED_TOKENS = 2**14
+
+
+def stacked_probes(num_probes: int, batch_size: int, seq_len: int) -> int:
+    """Return how many probes of a batch, all rows of one length, go into one forward."""
+    return min(num_probes, max(STACKED_TOKENS // max(batch_size * seq_len, 1), 1))
+
+
 def forwards_of(probes: Sequence[Probe], num_examples: int, backward: float = 0.0) -> float:
     """Return what a step costs, in forwards of its whole batch.
 

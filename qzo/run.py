@@ -19,9 +19,9 @@ from qzo.files import write_bytes
 from qzo.interrupts import explained_bus_errors
 from qzo.memory import parse_memory
 from qzo.model import Progress, load_checkpoint, load_tokenizer
-from qzo.objective import STACKED_TOKENS
 from qzo.planner import plan
 from qzo.plot import plot_run
+from qzo.probes import STACKED_TOKENS
 from qzo.ranks import Ranks
 from qzo.result import Result
 from qzo.rewards import WRITTEN, RewardFunction, load_reward

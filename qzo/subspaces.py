@@ -25,6 +25,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qzo.directions import directions
+from qzo.sums import tree_sum
 
 _OWN_STREAM = 1  # of a seed; its stream 0 is the ordinary direction
 _LEFT_STREAM, _RIGHT_STREAM = 3, 4  # of a basis
@@ -39,17 +40,6 @@ def product(
     for u, v in zip(lefts[1:], rights[1:], strict=True):
         total += u[:, None, :] * v[:, :, None]
     return total.transpose(1, 2)
-
-
-def tree_sum(values: Float[Tensor, "length ..."]) -> Float[Tensor, "..."]:
-    """Sum over the first axis, halves onto halves: the same bits whatever computes it."""
-    length = len(values)
-    while length > 1:
-        half = (length + 1) // 2
-        folded = values[:half].clone()
-        folded[: length - half] += values[half:length]
-        values, length = folded, half
-    return values[0]
 
 
 def orthonormal(

@@ -26,7 +26,8 @@ from qzo.masks import chosen_units, kept_words, magnitude_mask, random_mask
 from qzo.optimizers.lozo_momentum import LOZOMomentum
 from qzo.probes import DirectionalDerivative, Probe
 from qzo.scales import Scales
-from qzo.subspaces import near_square, orthonormal, tree_sum
+from qzo.subspaces import near_square, orthonormal
+from qzo.sums import tree_sum
 
 pytestmark = pytest.mark.slow  # the file takes half a minute
 

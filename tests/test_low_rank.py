@@ -269,7 +269,7 @@ def test_modules_that_a_model_does_not_have_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError,
         match=r"^zo.lora_modules: expected a part of a layer's name, such as "
-        r"'model.layers.0.self_attn.v_proj', got \['nothing'\]$",
+        r"'model.layers.0.self_attn.v_proj', got \['nothing'\]; name layers of this model there$",
     ):
         trained_vector(qzo.load(tmp_path), ZOConfig(tuned="lora", lora_modules=["nothing"]), 0)
 

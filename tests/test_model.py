@@ -442,7 +442,8 @@ def test_blocks_of_a_part_of_the_depth_are_trained(
 
 def test_a_part_of_a_name_that_no_layer_has_is_refused(tmp_path: Path) -> None:
     model = qzo.load(tiny_checkpoint(tmp_path / "base"))
-    message = r"^zo\.modules: expected a part of a layer's name, such as '.*', got \['query'\]$"
+    reason = "expected a part of a layer's name, such as '.*', got \\['query'\\]"
+    message = rf"^zo\.modules: {reason}; name layers of this model there$"
 
     with pytest.raises(ConfigError, match=message):
         trained_layers(model, None, ["query"])

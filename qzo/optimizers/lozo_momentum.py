@@ -20,7 +20,8 @@ from qzo.errors import ConfigError
 from qzo.laws import Law
 from qzo.probes import DirectionalDerivative
 from qzo.scales import Scales
-from qzo.subspaces import LOZO, own_values, product, tree_sum
+from qzo.subspaces import LOZO, own_values, product
+from qzo.sums import tree_sum
 
 _WORD = 2**32
 
