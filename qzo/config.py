@@ -54,7 +54,8 @@ class ZOConfig(BaseModel):
     num_blocks: Int | None = Field(default=None, ge=1)  # train the last so many decoder blocks
     depth: tuple[Part, Part] | None = None  # or those from this to before that part of the depth
     modules: list[str] | None = None  # train layers whose names hold one of these, such as k_proj
-    normalize: bool = True  # per_example: derivatives of a step have a root mean square of 1
+    # per_example: derivatives of a step, or of every group of examples, have a root mean square of 1
+    normalize: bool | Literal["group"] = True
     max_loss_difference: Float | None = Field(default=None, gt=0)
     optimizer: Literal[
         "sgd",
@@ -206,7 +207,7 @@ class Recipe(BaseModel):
             **settings,
             **own,
             "num_examples": num_examples,
-            "is_normalized": zo.normalize,
+            "normalized_over": ("step" if zo.normalize is True else zo.normalize) or None,
         }
 
     def evaluates_at(self, step: int) -> bool:

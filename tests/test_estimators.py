@@ -530,7 +530,13 @@ def test_comparing_losses_takes_two_directions(name: str) -> None:
 
 
 def per_example(count: int, **settings: Any) -> Estimator:
-    given = {"epsilon": 0.5, "seed": 0, "num_examples": count, "is_normalized": True, **settings}
+    given = {
+        "epsilon": 0.5,
+        "seed": 0,
+        "num_examples": count,
+        "normalized_over": "step",
+        **settings,
+    }
     return make_estimator("per_example", given)
 
 
@@ -553,6 +559,15 @@ def test_leave_one_out_is_normalised_over_all_groups() -> None:
     size = math.sqrt((2**2 + 6**2) / 2)
     want = [2 / size, -2 / size, 6 / size, -6 / size]
     assert [d.value for d in derivatives] == pytest.approx(want)
+
+
+def test_normalised_over_a_group_no_group_weighs_more() -> None:
+    estimator = per_example(2, sides="leave_one_out", num_directions=2, normalized_over="group")
+
+    derivatives = estimator.tell(estimator.ask(0), [1.0, 0.0, 5.0, 2.0])
+
+    assert [d.value for d in derivatives] == [1.0, -1.0, 1.0, -1.0]
+    assert [d.raw for d in derivatives] == [2.0, -2.0, 6.0, -6.0]
 
 
 def test_normalisation_follows_the_clip_and_leaves_out_what_is_not_finite() -> None:

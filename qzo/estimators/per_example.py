@@ -9,9 +9,10 @@ that costs nothing more, since a perturbation is a vector on a layer's output.
   loss is compared with the others of its group (``rloo``). N evaluations of an example say what
   N - 1 differences do, where two sides have N / 2.
 
-The clip bounds the loss difference of a group as there. Normalised, the derivatives of a step are
-divided by their root mean square, so that the learning rate alone sets the length of a step:
-``d_i <- d_i / sqrt(mean_j d_j^2)``.
+The clip bounds the loss difference of a group as there. Normalised, derivatives are divided by
+their root mean square, so that the learning rate alone sets the length of a step:
+``d_i <- d_i / sqrt(mean_j d_j^2)``, over all of a step, or over those of a group, so that
+no group weighs more than another.
 
 Source: GRZO, arXiv 2606.02857, which normalises by the standard deviation.
 """
@@ -36,6 +37,7 @@ from qzo.estimators.spsa import two_sided_slopes
 from qzo.probes import DirectionalDerivative, Probe
 
 Sides = Literal["two", "leave_one_out"]
+Scope = Literal["step", "group"]
 
 
 @dataclass(frozen=True)
@@ -46,14 +48,14 @@ class PerExampleSPSA(Settings):
         num_examples: Examples of a step.
         examples_per_direction: Consecutive examples that share their directions.
         sides: Where a group is evaluated.
-        is_normalized: Whether to normalise.
+        normalized_over: What the derivatives are normalised over; as they are if None.
     """
 
     _: KW_ONLY
     num_examples: int
     examples_per_direction: int = 1
     sides: Sides = "two"
-    is_normalized: bool = False
+    normalized_over: Scope | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -85,7 +87,11 @@ class PerExampleSPSA(Settings):
     def tell(self, probes: Sequence[Probe], losses: Sequence[float]) -> list[DirectionalDerivative]:
         """Return the derivative of every direction, clipped and normalised."""
         slopes = self._slopes(probes, losses)
-        return normalized(slopes) if self.is_normalized else slopes
+        if self.normalized_over is None:
+            return slopes
+        size = len(slopes) if self.normalized_over == "step" else self.num_directions
+        groups = [slopes[start : start + size] for start in range(0, len(slopes), size)]
+        return [d for group in groups for d in normalized(group)]
 
     def _examples(self, number: int) -> tuple[int, int]:
         """Return which examples direction ``number`` covers."""
