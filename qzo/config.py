@@ -54,7 +54,7 @@ class ZOConfig(BaseModel):
     num_blocks: Int | None = Field(default=None, ge=1)  # train the last so many decoder blocks
     depth: tuple[Part, Part] | None = None  # or those from this to before that part of the depth
     modules: list[str] | None = None  # train layers whose names hold one of these, such as k_proj
-    # per_example: derivatives of a step, or of every group of examples, have a root mean square of 1
+    # per_example: the derivatives of a step, or of every group, have a root mean square of 1
     normalize: bool | Literal["group"] = True
     max_loss_difference: Float | None = Field(default=None, gt=0)
     optimizer: Literal[

@@ -1,10 +1,10 @@
 """What a recipe holds where it does not say: by its preset, its estimator and what is trained.
 
 - ``paper``: QZO as published (arXiv 2505.13430, section 4.1).
-- ``default``: multipliers on the rows of queries and keys behind the first third of the blocks; for
-  every two examples eight directions of their own, each loss against the others. What a recipe
-  names itself is left alone: with another ``zo.estimator`` the estimator's part of this does not
-  apply, with other coordinates, blocks or modules the layers' part does not.
+- ``default``: multipliers on the rows of values and attention outputs behind the first third of the
+  blocks; for every two examples eight directions of their own, each loss against the others. What
+  a recipe names itself is left alone: with another ``zo.estimator`` the estimator's part of this
+  does not apply, with other coordinates, blocks or modules the layers' part does not.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from qzo.errors import ConfigError
 # per_example, normalised: recipes/LOG.md; absolute: the QZO paper; the others were not tuned.
 _SPSA_RATES = {"row": 3e-3, "column": 1e-2, "rank_one": 3e-3, "relative": 1e-3, "absolute": 1e-7}
 _LEARNING_RATES = {
-    ("leave_one_out", "row"): 1.5e-1,
+    ("leave_one_out", "row"): 3e-1,
     ("leave_one_out", "column"): 1e-1,
     ("leave_one_out", "rank_one"): 1e-1,
     ("leave_one_out", "lora"): 1e-2,
@@ -44,9 +44,13 @@ _EPSILONS = {"prefix": 1e-1}  # MeZO, as above
 # Measured: recipes/BENCHMARKS.md. Two examples of a stratified batch differ in class, and what
 # their gradients have in common but for its sign cancels.
 _DEFAULT_ESTIMATOR = {"estimator": "per_example", "sides": "leave_one_out", "num_directions": 8}
-# Queries and keys by the names of the common architectures: their gradients agree most between
-# examples, those of the first blocks least.
-_DEFAULT_LAYERS = {"modules": ["q_proj", "k_proj", "query", "key", "qkv"], "depth": [0.33, 1.0]}
+# Values and outputs of the attention by the names of the common architectures. Gradients of examples
+# agree most in attention, least in the first blocks; queries and keys learn faster at first, and
+# stop sooner.
+_DEFAULT_LAYERS = {
+    "modules": ["v_proj", "o_proj", "out_proj", "value", "attention.dense", "attn.c_proj"],
+    "depth": [0.33, 1.0],
+}
 _EXAMPLES = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 1}
 _CHOICES_OF_LAYERS = {
     *("coordinates", "modules", "depth", "num_blocks", "tuned", "unquantized"),

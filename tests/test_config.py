@@ -33,10 +33,10 @@ def test_the_smallest_recipe_takes_the_defaults() -> None:
         sides="leave_one_out",
         num_directions=8,
         examples_per_direction=2,
-        modules=["q_proj", "k_proj", "query", "key", "qkv"],
+        modules=["v_proj", "o_proj", "out_proj", "value", "attention.dense", "attn.c_proj"],
         depth=(0.33, 1.0),
     )
-    keys: dict[str, Any] = {**SMALLEST, "learning_rate": 0.15, "zo": zo}
+    keys: dict[str, Any] = {**SMALLEST, "learning_rate": 0.3, "zo": zo}
     assert result == Recipe(**keys)
     assert (result.preset, result.zo.coordinates) == ("default", "row")
 
