@@ -394,13 +394,13 @@ def test_what_would_change_the_numbers_cannot_change_in_a_run(
 
 
 def test_no_factor_of_a_layer_can_be_dropped_in_a_run(base: Path, tmp_path: Path) -> None:
-    zo = {"estimator": "spsa", "stretch": {"q_proj": 2.0, "k_proj": 3.0}}
+    zo = {"estimator": "spsa", "stretch": {"o_proj": 2.0, "v_proj": 3.0}}
     tiny_trainer(base, tmp_path, zo=zo).train()
-    other = {**zo, "stretch": {"q_proj": 2.0}}
+    other = {**zo, "stretch": {"o_proj": 2.0}}
 
     with pytest.raises(
         ConfigError,
-        match=r"^zo.stretch.k_proj: expected 3.0 as in the run that is to be continued, got None$",
+        match=r"^zo.stretch.v_proj: expected 3.0 as in the run that is to be continued, got None$",
     ):
         tiny_trainer(base, tmp_path, resume_from_checkpoint=True, zo=other).train()
 
@@ -675,7 +675,7 @@ def test_updates_that_the_file_cannot_hold_are_warned_about(base: Path, tmp_path
 def test_updates_that_the_file_can_hold_are_not_warned_about(base: Path, tmp_path: Path) -> None:
     result = tiny_trainer(base, tmp_path / "run").train()
 
-    assert result.changed_fraction > 0.9
+    assert result.changed_fraction > 0.8
     assert result.warnings == ()
 
 
