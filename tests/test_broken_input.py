@@ -179,7 +179,7 @@ def unexpected_tensor(world: World) -> None:
 
 
 def nan_scales(world: World) -> None:
-    change_tensors(world.weights, lambda t: put_nan(t, "k_proj.scales"))
+    change_tensors(world.weights, lambda t: put_nan(t, "v_proj.scales"))
 
 
 def put_nan(tensors: dict[str, torch.Tensor], role: str) -> None:
@@ -351,7 +351,7 @@ def adapter_of_another_method(world: World) -> None:
 
 
 def nan_adapter(world: World) -> None:
-    change_tensors(world.run / "adapter_model.safetensors", lambda t: put_nan(t, "k_proj.scales"))
+    change_tensors(world.run / "adapter_model.safetensors", lambda t: put_nan(t, "v_proj.scales"))
 
 
 def damaged_reference(world: World) -> None:
@@ -457,7 +457,7 @@ CASES: list[tuple[Break, tuple[str, ...], str]] = [
     (
         nan_scales,
         INSPECT,
-        r"model\.layers\.0\.self_attn\.k_proj\.scales: expected finite values, got NaN or infinity",
+        r"model\.layers\.0\.self_attn\.v_proj\.scales: expected finite values, got NaN or infinity",
     ),
     (
         config_of_another_size,
@@ -649,12 +649,12 @@ CASES: list[tuple[Break, tuple[str, ...], str]] = [
     (
         nan_adapter,
         EVAL,
-        r"model\.layers\.0\.self_attn\.k_proj\.scales: expected finite values, got NaN or infinity",
+        r"model\.layers\.0\.self_attn\.v_proj\.scales: expected finite values, got NaN or infinity",
     ),
     (
         nan_adapter,
         EXPORT,
-        r"model\.layers\.0\.self_attn\.k_proj\.scales: expected finite values, got NaN or infinity",
+        r"model\.layers\.0\.self_attn\.v_proj\.scales: expected finite values, got NaN or infinity",
     ),
     (damaged_reference, EXPORT, r"{w}/run/reference\.json: damaged: KeyError\('candidates'\)"),
     (

@@ -44,7 +44,7 @@ def test_the_smallest_loss_is_chosen(losses: list[float], value: float) -> None:
 
 def test_a_run_never_accepts_a_worse_loss_and_goes_where_it_looked(tmp_path: Path) -> None:
     base = tiny_checkpoint(tmp_path / "base", gain=8.0)
-    zo = {"estimator": "spsa", "optimizer": "conservative"}
+    zo = {"estimator": "spsa", "optimizer": "conservative", "modules": ["q_proj", "k_proj"]}
     trainer = tiny_trainer(base, tmp_path / "run", learning_rate=0.05, max_steps=8, zo=zo)
     reached: list[float] = []
     step = trainer.optimizer.step
