@@ -49,7 +49,7 @@ def check_together(values: Recipe) -> None:
 
 def _check_estimator(values: Recipe) -> None:
     zo = values.zo
-    for key in ("examples_per_direction", "sides"):
+    for key in ("examples_per_direction", "sides", "normalize_over"):
         default, got = ZOConfig.model_fields[key].default, getattr(zo, key)
         if zo.estimator != "per_example" and got != default:
             raise ConfigError(

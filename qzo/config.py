@@ -54,8 +54,8 @@ class ZOConfig(BaseModel):
     num_blocks: Int | None = Field(default=None, ge=1)  # train the last so many decoder blocks
     depth: tuple[Part, Part] | None = None  # or those from this to before that part of the depth
     modules: list[str] | None = None  # train layers whose names hold one of these, such as k_proj
-    # per_example: the derivatives of a step, or of every group, have a root mean square of 1
-    normalize: bool | Literal["group"] = True
+    normalize: bool = True  # per_example: derivatives have a root mean square of 1
+    normalize_over: Literal["step", "group"] = "step"  # all of them, or those of each group
     max_loss_difference: Float | None = Field(default=None, gt=0)
     optimizer: Literal[
         "sgd",
@@ -207,7 +207,7 @@ class Recipe(BaseModel):
             **settings,
             **own,
             "num_examples": num_examples,
-            "normalized_over": ("step" if zo.normalize is True else zo.normalize) or None,
+            "normalized_over": zo.normalize_over if zo.normalize else None,
         }
 
     def evaluates_at(self, step: int) -> bool:

@@ -44,9 +44,8 @@ _EPSILONS = {"prefix": 1e-1}  # MeZO, as above
 # Measured: recipes/BENCHMARKS.md. Two examples of a stratified batch differ in class, and what
 # their gradients have in common but for its sign cancels.
 _DEFAULT_ESTIMATOR = {"estimator": "per_example", "sides": "leave_one_out", "num_directions": 8}
-# Values and outputs of the attention by the names of the common architectures. Gradients of
-# examples agree most in attention, least in the first blocks; queries and keys learn faster at
-# first, and stop sooner.
+# Values and outputs of the attention by the names of the common architectures, behind the first
+# blocks, where the gradients of examples agree least. Chosen by trial: recipes/LOG.md.
 _DEFAULT_LAYERS = {
     "modules": ["v_proj", "o_proj", "out_proj", "value", "attention.dense", "attn.c_proj"],
     "depth": [0.33, 1.0],

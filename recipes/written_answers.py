@@ -21,6 +21,7 @@ ANSWERS = (" negative", " positive")
 def main(source: Path, target: Path) -> None:
     """Write one line a sentence, without the two that are shown."""
     rows = csv.DictReader(source.open(encoding="utf-8"), delimiter="\t", quoting=csv.QUOTE_NONE)
+    target.parent.mkdir(parents=True, exist_ok=True)
     with target.open("w", encoding="utf-8") as file:
         for row in rows:
             sentence = row["sentence"].strip()

@@ -41,6 +41,16 @@ def test_the_smallest_recipe_takes_the_defaults() -> None:
     assert (result.preset, result.zo.coordinates) == ("default", "row")
 
 
+@pytest.mark.parametrize(
+    ("zo", "scope"),
+    [({}, "step"), ({"normalize_over": "group"}, "group"), ({"normalize": False}, None)],
+)
+def test_derivatives_are_normalised_over_a_step_a_group_or_not(
+    zo: dict[str, Any], scope: str | None
+) -> None:
+    assert made(zo=zo).estimator_settings["normalized_over"] == scope
+
+
 @pytest.mark.parametrize("batch", [1, 3, 16])
 def test_pairs_of_examples_share_directions_where_the_batch_has_pairs(batch: int) -> None:
     zo = made(per_device_train_batch_size=batch).zo
@@ -240,6 +250,10 @@ def test_a_recipe_needs_no_data_where_the_trainer_is_given_examples() -> None:
         ({"zo": {"sides": "one"}}, "zo.sides: expected 'two' or 'leave_one_out', got 'one'"),
         ({"zo": {"estimator": "spsa", "sides": "leave_one_out"}}, "zo.sides: expected 'two' with "
             "'spsa', got 'leave_one_out'; only 'per_example' reads it"),
+        ({"zo": {"estimator": "rloo", "normalize_over": "group"}}, "zo.normalize_over: "
+            "expected 'step' with 'rloo', got 'group'; only 'per_example' reads it"),
+        ({"zo": {"normalize_over": "run"}},
+            "zo.normalize_over: expected 'step' or 'group', got 'run'"),
         ({"zo": {"estimator": "rloo", "examples_per_direction": 2}}, "zo.examples_per_direction: "
             "expected 1 with 'rloo', got 2; only 'per_example' reads it"),
         ({"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2,
