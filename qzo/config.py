@@ -187,7 +187,7 @@ class Recipe(BaseModel):
     objective: Literal["loss", "accuracy", "f1", "exact_match", "reward"] = "loss"
     reward: str | None = None  # path/to/file.py:function, which is run
     max_new_tokens: Int = Field(default=50, ge=1)  # of a written answer
-    generation_stop: str | None = Field(default="\n", min_length=1)  # where it ends
+    generation_stop: str | None = Field(default="auto", min_length=1)  # see qzo/generation.py
 
     zo: ZOConfig = ZOConfig()
 

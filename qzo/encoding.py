@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-from qzo.chat import Message, assistant_spans, num_shared
+from qzo.chat import Message, Render, assistant_spans, num_shared
 from qzo.errors import DataError
 
 _SHOWN_CHARACTERS = 40
@@ -44,6 +44,12 @@ class Tokenizer(Protocol):
         tokenize: bool = True,
     ) -> Any:
         """Return the conversation as text, if ``tokenize`` is False."""
+
+
+class RenderedPrompt(str):
+    """A prompt as a chat template wrote it: its special tokens are in the text."""
+
+    __slots__ = ()
 
 
 @dataclass(frozen=True)
@@ -129,10 +135,11 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str, *, max_length: int) -> list
 
     Args:
         tokenizer: A transformers tokenizer.
-        prompt: Any text.
+        prompt: Any text; special tokens are added unless a chat template wrote it.
         max_length: The largest number of tokens; leave room for those to be generated.
     """
-    tokens = _tokens(tokenizer, prompt)
+    is_rendered = isinstance(prompt, RenderedPrompt)
+    tokens = _tokens(tokenizer, prompt, add_special_tokens=not is_rendered)
     num_dropped = max(0, len(tokens) - max_length)
     return _without(tokens, _num_bos(tokenizer, tokens), num_dropped)
 
@@ -179,6 +186,18 @@ def encode_messages(
     return _single(_without(tokens, num_kept, num_dropped), targets)
 
 
+def last_turn(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[RenderedPrompt, str]:
+    """Return what stands before the assistant's last turn, and its content.
+
+    Args:
+        tokenizer: A transformers tokenizer with a chat template.
+        messages: A conversation that ``encode_messages`` takes; not modified.
+    """
+    turn = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+    before = _renderer(tokenizer)(messages[:turn], True) if turn > 0 else ""
+    return RenderedPrompt(before), messages[turn]["content"]
+
+
 def encode_text(
     tokenizer: Tokenizer, text: str, *, max_length: int, add_eos: bool = False
 ) -> list[EncodedExample]:
@@ -215,6 +234,17 @@ def _render_spans(
 ) -> tuple[str, list[tuple[int, int]]]:
     from jinja2 import TemplateError
 
+    render = _renderer(tokenizer)
+    try:
+        return render(messages, False), assistant_spans(messages, render)
+    except TemplateError as error:
+        raise DataError(
+            f"messages: expected a conversation that the chat template accepts, got {error}; "
+            "change the roles or their order"
+        ) from error
+
+
+def _renderer(tokenizer: Tokenizer) -> Render:
     def render(conversation: Sequence[Message], add_generation_prompt: bool) -> str:
         text: str = tokenizer.apply_chat_template(
             [dict(message) for message in conversation],
@@ -223,13 +253,7 @@ def _render_spans(
         )
         return text
 
-    try:
-        return render(messages, False), assistant_spans(messages, render)
-    except TemplateError as error:
-        raise DataError(
-            f"messages: expected a conversation that the chat template accepts, got {error}; "
-            "change the roles or their order"
-        ) from error
+    return render
 
 
 def _tokens(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool = True) -> list[int]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qzo.data import encode_records, hold_out, load_records
-from qzo.encoding import EncodedExample, Tokenizer
+from qzo.encoding import EncodedExample, Tokenizer, last_turn
 from qzo.errors import DataError
 from qzo.tasks import examples_from_file, load_task
 from qzo.tasks.source import Example
@@ -22,7 +22,7 @@ class Question:
     """What a model writes an answer to.
 
     Attributes:
-        prompt: The text before the answer.
+        prompt: The text before the answer; a ``RenderedPrompt`` if from a conversation.
         answers: Gold answers, any of which is right.
         example: The record or the task's example that it is from.
     """
@@ -40,7 +40,8 @@ class ExampleSet:
         examples: Encoded examples.
         loss: Which loss; under ``classification`` the candidates are classes.
         task: For tasks: what scores an output.
-        questions: One per example, for tasks and records with ``prompt`` and ``completion``.
+        questions: One per example, for tasks and records but those with ``text``; of a conversation
+            it is the assistant's last turn.
     """
 
     examples: Sequence[EncodedExample]
@@ -84,13 +85,19 @@ def from_records(
     examples = encode_records(
         [dict(record) for record in records], tokenizer, max_length=max_length
     )
-    return replace(from_encoded(examples), questions=_questions_of(records))
+    return replace(from_encoded(examples), questions=_questions_of(records, tokenizer))
 
 
-def _questions_of(records: Sequence[Mapping[str, Any]]) -> list[Question]:
-    if not {"prompt", "completion"} <= set(records[0]):
+def _questions_of(records: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> list[Question]:
+    if {"prompt", "completion"} <= set(records[0]):
+        return [Question(r["prompt"], (r["completion"].strip(),), dict(r)) for r in records]
+    if "messages" not in records[0]:
         return []
-    return [Question(r["prompt"], (r["completion"].strip(),), dict(r)) for r in records]
+    turns = [last_turn(tokenizer, record["messages"]) for record in records]
+    return [
+        Question(prompt, (answer.strip(),), dict(record))
+        for (prompt, answer), record in zip(turns, records, strict=True)
+    ]
 
 
 def from_task(

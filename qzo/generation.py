@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, StoppingCriteriaList, StopStringCriteria
 
-from qzo.encoding import encode_prompt
+from qzo.encoding import RenderedPrompt, encode_prompt
 from qzo.errors import ConfigError, DataError
 from qzo.linear import Live
 
 MAX_NEW_TOKENS = 50  # MeZO, arXiv 2305.17333, appendix E.2
+AUTO_STOP = "auto"  # a line end; in a conversation the end of the turn
 
 
 class Generator:
@@ -28,7 +29,9 @@ class Generator:
         tokenizer: Its tokenizer.
         live: What its quantized layers see; needed for several probes.
         max_new_tokens: Tokens of a completion at most.
-        stop: Where a completion ends; not part of it. None: at the end-of-text token alone.
+        stop: Where a completion ends; not part of it. None: at the end-of-text token alone, which
+            in a conversation ends the turn. ``auto``: that for prompts from a chat template, a line
+            end for others.
 
     Raises:
         ConfigError: The model has no room for a prompt and that many tokens.
@@ -41,7 +44,7 @@ class Generator:
         live: Live | None = None,
         *,
         max_new_tokens: int = MAX_NEW_TOKENS,
-        stop: str | None = "\n",
+        stop: str | None = AUTO_STOP,
     ) -> None:
         positions = int(getattr(model.config, "max_position_embeddings", 2048))
         if max_new_tokens >= positions:
@@ -52,23 +55,27 @@ class Generator:
         self._model, self._tokenizer, self._live = model, tokenizer, live or Live()
         self._prompt_tokens, self._max_new_tokens = positions - max_new_tokens, max_new_tokens
         self._stop = stop
-        self._criteria = StoppingCriteriaList()
-        if stop is not None:
-            self._criteria.append(StopStringCriteria(tokenizer, stop))
+        self._criteria: dict[str, StopStringCriteria] = {}
 
     def write(self, prompts: Sequence[Sequence[str]]) -> list[list[str]]:
         """Return the completion of every prompt.
 
         Args:
-            prompts: Those of each probe; all probes need not have equally many.
+            prompts: Those of each probe; all probes need not have equally many. All are from a chat
+                template, or none.
         """
         rows = [self._encoded(prompt) for prompt in chain.from_iterable(prompts)]
         counts = [len(of_probe) for of_probe in prompts]
         if not rows:
             return [[] for _ in counts]
         with _rows_of_probes(self._model, self._live, counts):
-            texts = iter(self._texts(rows))
+            texts = iter(self._texts(rows, self._stop_of(next(chain.from_iterable(prompts)))))
         return [list(islice(texts, count)) for count in counts]
+
+    def _stop_of(self, prompt: str) -> str | None:
+        if self._stop != AUTO_STOP:
+            return self._stop
+        return None if isinstance(prompt, RenderedPrompt) else "\n"
 
     def _encoded(self, prompt: str) -> list[int]:
         tokens = encode_prompt(self._tokenizer, prompt, max_length=self._prompt_tokens)
@@ -76,7 +83,7 @@ class Generator:
             raise DataError(f"prompt: expected at least one token, got {prompt!r}")
         return tokens
 
-    def _texts(self, rows: Sequence[list[int]]) -> list[str]:
+    def _texts(self, rows: Sequence[list[int]], stop: str | None) -> list[str]:
         width, device = max(map(len, rows)), self._model.device
         # Masked. The row's own first token, so that what counts the tokens of a prompt, such as a
         # penalty for repetition, finds no other one.
@@ -92,18 +99,33 @@ class Generator:
                 temperature=None,
                 top_p=None,
                 top_k=None,
-                stopping_criteria=self._criteria,
+                eos_token_id=sorted(self._ends) or None,
+                stopping_criteria=self._stopping(stop),
                 pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0,
             )
-        return [self._text(row) for row in output[:, width:].tolist()]
+        return [self._text(row, stop) for row in output[:, width:].tolist()]
 
-    def _text(self, tokens: list[int]) -> str:
-        """Decode a row up to its end-of-text token or the stop; what follows is padding."""
+    @property
+    def _ends(self) -> set[int]:
+        """The tokens that end a text: the model's, and the one that training puts there."""
         ends = self._model.generation_config.eos_token_id
         ends = {ends} if isinstance(ends, int) else set(ends or ())
+        trained = self._tokenizer.eos_token_id
+        return ends if trained is None else ends | {trained}
+
+    def _stopping(self, stop: str | None) -> StoppingCriteriaList:
+        if stop is None:
+            return StoppingCriteriaList()
+        if stop not in self._criteria:  # reads the whole vocabulary
+            self._criteria[stop] = StopStringCriteria(self._tokenizer, stop)
+        return StoppingCriteriaList([self._criteria[stop]])
+
+    def _text(self, tokens: list[int], stop: str | None) -> str:
+        """Decode a row up to the first token that ends it or the stop; what follows is padding."""
+        ends = self._ends
         length = next((i + 1 for i, token in enumerate(tokens) if token in ends), len(tokens))
         text: str = self._tokenizer.decode(tokens[:length], skip_special_tokens=True)
-        return text.split(self._stop)[0] if self._stop else text
+        return text.split(stop)[0] if stop else text
 
 
 def generate(

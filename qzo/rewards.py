@@ -15,8 +15,9 @@ is left out.
 
 The user's function is ``reward(prompt: str, output: str, example: dict) -> float``: ``output`` is
 the text up to ``generation_stop`` or the end-of-text token, ``example`` the record, or the task's
-example, with all its columns. It may be random. The journal holds what it gave, so a stopped run
-continues from exactly the scales it had; but a repeat of the run is another run.
+example, with all its columns. Of a conversation the assistant's last turn is written; ``prompt`` is
+what the chat template puts before it. The function may be random. The journal holds what it gave,
+so a stopped run continues from exactly the scales it had; but a repeat of the run is another run.
 
 Source: ES at Scale, arXiv 2509.24372, which trains on such rewards with many probes.
 """
@@ -97,8 +98,8 @@ def check_objective(
         )
     if objective in WRITTEN and not data.questions:
         raise DataError(
-            f"objective: expected records with prompt and completion, or a task, for {objective!r},"
-            " got texts without prompts"
+            f"objective: expected prompt and completion, messages, or a task, for {objective!r}, "
+            "got texts without prompts"
         )
 
 

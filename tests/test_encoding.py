@@ -14,6 +14,7 @@ from qzo.encoding import (
     encode_messages,
     encode_prompt,
     encode_text,
+    last_turn,
 )
 from qzo.errors import DataError
 
@@ -229,6 +230,24 @@ def test_encode_prompt_is_the_row_of_an_answer_of_one_token() -> None:
 
     assert encode_prompt(tokenizer, "abcdef", max_length=4) == list(example.rows[0])
     assert encode_prompt(tokenizer, "abcdef", max_length=9) == tokenizer("abcdef")["input_ids"][:-1]
+
+
+@pytest.mark.parametrize("chat_template", [CHATML, "<s>" + CHATML])
+def test_the_last_turn_is_written_from_what_training_put_before_it(chat_template: str) -> None:
+    tokenizer = tokenizer_of(chat_template=chat_template)
+    messages = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "yo"},
+        {"role": "user", "content": "so"},
+        {"role": "assistant", "content": "n"},
+        {"role": "user", "content": "thanks"},
+    ]
+    trained = encode_messages(tokenizer, messages, max_length=99)
+
+    prompt, answer = last_turn(tokenizer, messages)
+
+    assert answer == "n"
+    assert encode_prompt(tokenizer, prompt, max_length=99) == list(trained.rows[0][:-1])
 
 
 def test_encode_messages_scores_assistant_turns_and_their_end() -> None:

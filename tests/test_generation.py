@@ -9,6 +9,7 @@ from support.runs import VARIANT, loaded, tiny_checkpoint, write_tokenizer
 
 import qzo
 from qzo.coordinates import Coordinates
+from qzo.encoding import RenderedPrompt
 from qzo.errors import ConfigError
 from qzo.generation import Generator, generate
 from qzo.linear import Live
@@ -108,6 +109,29 @@ def test_one_prompt_is_not_held_up_by_another(model: Any, tokenizer: Any) -> Non
     lengths = {len(text) for text in texts}
     assert not any("f" in text for text in texts)
     assert len(lengths) > 1
+
+
+def test_a_conversation_is_answered_past_line_ends_up_to_the_end_of_the_turn(
+    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[dict[str, Any]] = []
+    spoken = [*tokenizer("a\nb")["input_ids"][1:], tokenizer.eos_token_id]
+
+    def generated(rows: torch.Tensor, **named: Any) -> torch.Tensor:
+        told.append({"rows": rows.tolist(), **named})
+        return torch.cat([rows, torch.tensor([[*spoken, 0]])], dim=1)
+
+    monkeypatch.setattr(model.generation_config, "eos_token_id", 0)  # as base models have it
+    monkeypatch.setattr(model, "generate", generated)
+    generator = Generator(model, tokenizer, max_new_tokens=5)
+
+    ((answer,),) = generator.write([[RenderedPrompt("<s>x:")]])
+    ((line,),) = generator.write([["x:"]])
+
+    assert (answer, line) == ("a\nb", "a")
+    assert told[0]["rows"] == told[1]["rows"] == [tokenizer("x:")["input_ids"]]  # one "<s>"
+    assert [len(one["stopping_criteria"]) for one in told] == [0, 1]
+    assert told[0]["eos_token_id"] == [0, tokenizer.eos_token_id]
 
 
 def test_nothing_of_a_generation_stays_behind(model: Any, tokenizer: Any) -> None:

@@ -23,6 +23,7 @@ from transformers import TrainerCallback
 import qzo
 from qzo import run as run_module
 from qzo.checkpoint import open_checkpoint
+from qzo.encoding import RenderedPrompt
 from qzo.errors import CheckpointError, ConfigError, DataError, QZOError
 from qzo.evaluate import evaluate
 from qzo.examples import ExampleSet, Question, from_records, from_task
@@ -231,8 +232,8 @@ def test_the_reward_is_the_mean_over_the_examples(base: Path, tmp_path: Path) ->
         ),
         (
             *("f1", [{"text": "abc"}], DataError),
-            "objective: expected records with prompt and completion, or a task, for 'f1', got "
-            "texts without prompts",
+            "objective: expected prompt and completion, messages, or a task, for 'f1', got texts "
+            "without prompts",
         ),
     ],
 )
@@ -303,6 +304,33 @@ def test_evaluation_of_records_counts_exact_matches(base: Path) -> None:
     assert result.reward_se == pytest.approx(math.sqrt(1 / 3) / 2)
     assert result.f1 is not None
     assert result.f1 >= 0.5
+
+
+def test_a_conversation_is_asked_up_to_its_last_answer(base: Path) -> None:
+    tokenizer = load_tokenizer(base)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    model = qzo.load(base)
+    written = Generator(model, tokenizer, max_new_tokens=8, stop=None).write(
+        [[RenderedPrompt(f"user: {word}</s>assistant: ") for word in ("abc", "x")]]
+    )[0]
+    assert len(set(written)) == 2
+    answers = [written[0], "no"]
+    turns = [
+        [{"role": "user", "content": word}, {"role": "assistant", "content": answer}]
+        for word, answer in zip(("abc", "x"), answers, strict=True)
+    ]
+    data = from_records([{"messages": m} for m in turns], tokenizer, max_length=60)
+    generator = Generator(model, tokenizer, max_new_tokens=8)
+    live = quant_linears(model)[0].live
+
+    result = evaluate(model, live, data, batch_size=2, generator=generator, objective="exact_match")
+
+    assert result.exact_match == 0.5
+    assert [question.answers for question in data.questions] == [(a.strip(),) for a in answers]
+    assert data.questions[1].example["messages"] == turns[1]
 
 
 def test_accuracy_is_the_reward_where_it_is_trained_on(base: Path) -> None:

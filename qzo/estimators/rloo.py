@@ -4,7 +4,7 @@
 the mean of the other losses; ``mean_i d_i z_i = 1 / ((N - 1) epsilon) sum_i (l_i - mean l) z_i``.
 The clip bounds that difference: ``C = max_loss_difference / epsilon``.
 
-Source: the RLOO estimator of the AIM-ZO study; LOREN takes the same.
+Source: LOREN, arXiv 2511.07971; the AIM-ZO study takes the same.
 """
 
 import math
