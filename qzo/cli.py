@@ -155,6 +155,9 @@ def plan(
     dtype: Annotated[str, typer.Option(help="float32 (CPU), float16 or bfloat16 (CUDA).")] = (
         "float32"
     ),
+    first_order_blocks: Annotated[
+        int, typer.Option(help="Last blocks with exact gradients, as zo.first_order_blocks.")
+    ] = 0,
     as_json: AsJSON = False,
 ) -> None:
     """Tell what a training step needs, part by part; needs no weights and no device."""
@@ -171,6 +174,7 @@ def plan(
             coordinates=coordinates,
             num_probes=stacked_probes(num_probes, batch_size, seq_len),
             dtype=dtype,
+            first_order_blocks=first_order_blocks,
         )
         if as_json:
             print_json(result.to_dict())

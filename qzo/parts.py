@@ -39,6 +39,9 @@ BITSANDBYTES_BYTES = 50 * 2**20  # unpacks NF4
 # and up to 110 MiB, on the same computer. Larger blocks go back to the system.
 KEPT_SHARE = 0.75
 KEPT_BYTES_MAX = 110 * 2**20
+# Of a backward they are between an eighth and nearly half of what is alive, by the sizes of its
+# tensors: ``qzo bench memory --model SmolLM2 --first-order-blocks``; recipes/BENCHMARKS.md.
+BACKWARD_SHARE = 0.45
 CUDA_ALLOWANCE_BYTES = 2**30
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -73,6 +76,7 @@ class Workload:
             of inputs), ``rank_one`` (both), ``relative`` or
             ``absolute`` (a number a scale).
         num_probes: Forwards stacked on the batch.
+        first_order_blocks: Last blocks with exact gradients.
         dtype: Type of activations and of the weights that are not quantized. float32 is the CPU
             path, the 16-bit types are the CUDA path.
     """
@@ -83,6 +87,7 @@ class Workload:
     coordinates: str = "row"
     num_probes: int = 2
     dtype: str = "float32"
+    first_order_blocks: int = 0
 
     @property
     def device(self) -> str:
@@ -95,6 +100,19 @@ class Workload:
         return self.num_probes * self.batch_size
 
 
+@dataclass(frozen=True)
+class Differentiated:
+    """What gets exact gradients.
+
+    Attributes:
+        linears: Layers of the last blocks.
+        row_bytes: Of the graph of one row of the batch, at the peak of its backward.
+    """
+
+    linears: Sequence[LinearShape]
+    row_bytes: int
+
+
 def all_parts(
     shapes: ModelShapes,
     quantization: Quantization,
@@ -102,6 +120,7 @@ def all_parts(
     row_bytes: int,
     *,
     stored_dtype: str,
+    differentiated: Differentiated | None = None,
 ) -> tuple[Part, ...]:
     """List every part, always in the same order, those of zero bytes included.
 
@@ -111,7 +130,9 @@ def all_parts(
         workload: What the step does.
         row_bytes: Activations of one row of the stacked batch.
         stored_dtype: Of what is not quantized, in the files.
+        differentiated: What gets exact gradients, if anything does.
     """
+    forward = workload.num_rows * row_bytes
     return (
         *_file_parts(shapes, quantization, workload.device),
         _master(shapes, quantization, workload.coordinates),
@@ -119,6 +140,7 @@ def all_parts(
         _tile(shapes, quantization, workload, stored_dtype),
         _activations(workload, row_bytes),
         _logits(workload, shapes.vocab_size, row_bytes),
+        _backward(differentiated, quantization, workload, shapes.vocab_size, forward=forward),
         _directions(shapes, quantization, workload),
         _framework(quantization, workload, row_bytes),
     )
@@ -269,6 +291,30 @@ def _logits(workload: Workload, vocab_size: int, row_bytes: int) -> Part:
         "exceeds the activations, which are gone by then"
     )
     return Part("logits", max(num_bytes - workload.num_rows * row_bytes, 0), formula)
+
+
+def _backward(
+    differentiated: Differentiated | None,
+    quantization: Quantization,
+    workload: Workload,
+    vocab_size: int,
+    *,
+    forward: int,
+) -> Part:
+    """Count what a backward needs beyond the activations of the probes, which are gone by then."""
+    if differentiated is None:
+        return Part("backward", 0, "no exact gradients")
+    logits = 3 * workload.answer_len * vocab_size * DTYPES[workload.dtype].itemsize
+    kept = int(workload.batch_size * (differentiated.row_bytes + logits) * (1 + BACKWARD_SHARE))
+    trained = num_trained(differentiated.linears, quantization, workload.coordinates)
+    tile = 4 * max(rows * columns for rows, columns in map(_tile_shape, differentiated.linears))
+    formula = (
+        f"{workload.batch_size} examples x ({differentiated.row_bytes:,} bytes of the graph "
+        f"+ {logits:,} of logits and their slopes) x {1 + BACKWARD_SHARE:g} for freed blocks = "
+        f"{kept:,}, less the activations; + {trained:,} values x 16 bytes (gradient, moments) + "
+        f"{tile:,} of a second tile"
+    )
+    return Part("backward", max(kept - forward, 0) + 16 * trained + tile, formula)
 
 
 def _directions(shapes: ModelShapes, quantization: Quantization, workload: Workload) -> Part:

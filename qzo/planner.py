@@ -1,8 +1,8 @@
 """Will it fit: memory of a training step, part by part, from a config.json alone.
 
 ``peak = codes + zeros + scales + master + g_idx + floating point weights + tile + activations
-+ logits + directions + framework``. Each part carries its formula in words. The sum is an upper
-bound: the logits exist when the activations of the last layer are already gone.
++ logits + backward + directions + framework``. Each part carries its formula in words. The sum is
+an upper bound: the logits exist when the activations of the last layer are already gone.
 """
 
 from collections.abc import Callable
@@ -11,6 +11,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
+from transformers import PreTrainedModel
+
+from qzo.blocks import find_blocks
 from qzo.checkpoint import quantization_config
 from qzo.coordinates import BY_FACTORS, Coordinates, crossing_message
 from qzo.errors import ConfigError
@@ -26,14 +29,14 @@ from qzo.footprint import (
     scales_bytes,
     zeros_bytes,
 )
-from qzo.parts import DTYPES, Part, Workload, all_parts, num_trained
+from qzo.parts import DTYPES, Differentiated, Part, Workload, all_parts, num_trained
 from qzo.shapes import (
     ModelShapes,
-    activation_bytes_per_row,
     build_skeleton,
     head_name,
     model_shapes,
 )
+from qzo.trace import activation_bytes_per_row, backward_bytes_per_row
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,7 @@ def plan(
     coordinates: str = "row",
     num_probes: int = 2,
     dtype: str = "float32",
+    first_order_blocks: int = 0,
     assumed: Quantization | None = None,
 ) -> Plan:
     """Plan the memory of a training step from a config.json; weights are not read.
@@ -105,12 +109,15 @@ def plan(
         coordinates: See ``Workload``.
         num_probes: See ``Workload``.
         dtype: See ``Workload``.
+        first_order_blocks: See ``Workload``; at most the blocks there are.
         assumed: Quantization of a model that has none yet; GPTQ, 4 bits, group size 128 if None.
 
     Raises:
         ConfigError: An argument or the architecture cannot be used.
     """
-    workload = Workload(batch_size, seq_len, answer_len, coordinates, num_probes, dtype)
+    workload = Workload(
+        batch_size, seq_len, answer_len, coordinates, num_probes, dtype, first_order_blocks
+    )
     _check_workload(workload)
     config_path = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
     config = read_json(config_path)
@@ -147,6 +154,7 @@ def _plan(
         raise ConfigError("config.json: expected linear layers to quantize, found none")
     _check_rows(shapes, quantization, workload.coordinates)
     row_bytes = activation_bytes_per_row(model, workload.seq_len)
+    differentiated = _differentiated(model, shapes, workload)
 
     @cache
     def parts(batch_size: int) -> tuple[Part, ...]:
@@ -156,6 +164,7 @@ def _plan(
             replace(workload, batch_size=batch_size),
             row_bytes,
             stored_dtype=_stored_dtype(config),
+            differentiated=differentiated,
         )
 
     def peak(batch_size: int) -> int:
@@ -181,6 +190,25 @@ def _plan(
         per_device_train_batch_size=fitting,
         gradient_accumulation_steps=fitting and workload.batch_size // fitting,
         notes=_notes(quantization, workload, model.config._attn_implementation),
+    )
+
+
+def _differentiated(
+    model: PreTrainedModel, shapes: ModelShapes, workload: Workload
+) -> Differentiated | None:
+    count = workload.first_order_blocks
+    name, blocks = find_blocks(model)
+    if not 0 <= count <= len(blocks):
+        raise ConfigError(
+            f"first_order_blocks: expected 0 to {len(blocks)}, the blocks there are, got {count}"
+        )
+    if count == 0:
+        return None
+    places = tuple(f"{name}.{place}." for place in range(len(blocks) - count, len(blocks)))
+    linears = [layer for layer in shapes.linears if layer.name.startswith(places)]
+    names = [layer.name for layer in linears]
+    return Differentiated(
+        linears, backward_bytes_per_row(model, workload.seq_len, names, workload.coordinates)
     )
 
 

@@ -161,6 +161,7 @@ def _planned_bytes(
         make_estimator(zo.estimator, recipe.estimator_settings), num_examples
     )
     probes += recipe.zo.optimizer == "conservative"  # three candidates of a step
+    probes *= 1 + (zo.estimator == "forward_gradient")  # a tangent beside every activation
     lengths = [len(row) for data in sets for example in data.examples for row in example.rows]
     written = _written_tokens(recipe, sets)
     of_probe = _most_rows(sets[0]) * recipe.per_device_train_batch_size
@@ -177,6 +178,7 @@ def _planned_bytes(
         coordinates=zo.coordinates,
         num_probes=probes,
         dtype=dtype,
+        first_order_blocks=_first_order_blocks(recipe, checkpoint),
     )
     streaming = sum(part.bytes for part in planned.parts if part.streams)
     cache = rows * (max(lengths) + written) * _cache_bytes(checkpoint, dtype) if written else 0
@@ -186,6 +188,13 @@ def _planned_bytes(
 def _written_tokens(recipe: Recipe, sets: Sequence[ExampleSet]) -> int:
     is_written = recipe.objective in WRITTEN or any(data.is_generation for data in sets)
     return recipe.max_new_tokens if is_written else 0
+
+
+def _first_order_blocks(recipe: Recipe, checkpoint: Checkpoint) -> int:
+    """Return how many last blocks a backward goes through; a profile goes through all."""
+    if recipe.zo.first_order_layers != "profile":
+        return recipe.zo.first_order_blocks
+    return int(AutoConfig.from_pretrained(checkpoint.folder).get_text_config().num_hidden_layers)
 
 
 def _cache_bytes(checkpoint: Checkpoint, dtype: str) -> int:

@@ -1,23 +1,11 @@
-"""Shapes of a model, read off its transformers class on the meta device: no weights, no device.
+"""Shapes of a model, read off its transformers class on the meta device: no weights, no device."""
 
-What a forward keeps alive is traced, not guessed from config keys: the forward runs on meta tensors
-under a dispatch mode that adds up the storages alive at once. A quantized layer drops padding, so a
-linear layer also counts a copy of its input and its product before the padding is back. For a Llama
-layer in fp32 the trace gives ``4 (5 hidden + 3 intermediate)`` bytes a token: embeddings, layer
-input, residual, normed input and its copy; activated gate, up, and up once more. Attention counts
-by its output (no ``T x T`` scores) where the model uses SDPA.
-"""
-
-import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from qzo.errors import ConfigError
@@ -74,7 +62,7 @@ def build_skeleton(config: dict[str, Any], dtype: torch.dtype) -> PreTrainedMode
     except Exception as error:  # values of anybody, in the code of any architecture
         raise ConfigError(
             "config.json: expected a causal language model that transformers knows, got "
-            f"model_type {config.get('model_type')!r}; {_first_line(error)}"
+            f"model_type {config.get('model_type')!r}; {first_line(error)}"
         ) from error
     if _output_head(model) is None:
         raise ConfigError(
@@ -137,77 +125,6 @@ def linear_shapes(model: nn.Module) -> list[LinearShape]:
     ]
 
 
-def activation_bytes_per_row(model: PreTrainedModel, seq_len: int) -> int:
-    """Trace what one more row of the batch keeps alive at the peak of a forward.
-
-    ``peak(2 rows) - peak(1 row)``, without cache, attention mask and head. Tables shared by all
-    rows (rotary angles, causal masks) cancel out.
-
-    Args:
-        model: A skeleton on the meta device; not modified.
-        seq_len: Tokens a row.
-
-    Raises:
-        ConfigError: The model's forward needs values, which meta tensors do not have.
-    """
-    try:
-        return _peak_bytes(model, 2, seq_len) - _peak_bytes(model, 1, seq_len)
-    except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
-        raise ConfigError(
-            "config.json: expected a model whose forward can be traced without weights, got "
-            f"model_type {model.config.model_type!r}; {_first_line(error)}"
-        ) from error
-
-
-class _LiveBytes(TorchDispatchMode):
-    """Adds up the storages that operations create and that are still referenced."""
-
-    peak: int
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # as above
-        self.live = 0
-        self.peak = 0
-        self._storages: dict[int, weakref.ref[Any]] = {}
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        # "Is nothing padded, is nothing packed?" asks for a value: yes, as in a batch without mask.
-        if func is torch.ops.aten.is_nonzero.default:
-            return True
-        result = func(*args, **(kwargs or {}))
-        known = [
-            x.untyped_storage()._cdata
-            for x in tree_leaves((args, kwargs))
-            if isinstance(x, torch.Tensor)
-        ]
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor) and leaf.untyped_storage()._cdata not in known:
-                self._watch(leaf.untyped_storage())
-        return result
-
-    def _watch(self, storage: torch.UntypedStorage) -> None:
-        key, size = int(storage._cdata), storage.nbytes()
-        if key in self._storages:
-            return
-        self._storages[key] = weakref.ref(storage, partial(self._forget, key, size))
-        self.live += size
-        self.peak = max(self.peak, self.live)
-
-    def _forget(self, key: int, size: int, _: object) -> None:
-        self.live -= size
-        del self._storages[key]
-
-
-def _peak_bytes(model: PreTrainedModel, num_rows: int, seq_len: int) -> int:
-    input_ids = torch.zeros(num_rows, seq_len, dtype=torch.long, device="meta")
-    trace = _LiveBytes()
-    with torch.inference_mode(), trace:
-        model.base_model(input_ids=input_ids, use_cache=False)
-    return trace.peak
-
-
 def _output_head(model: Any) -> Any:
     return model.get_output_embeddings()
 
@@ -221,6 +138,6 @@ def _refuse_fused_experts(model: nn.Module) -> None:
             )
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     """Shorten an error of transformers: one of them lists every architecture it knows."""
     return str(error).strip().split("\n", maxsplit=1)[0].split(". ", maxsplit=1)[0]

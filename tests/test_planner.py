@@ -5,13 +5,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from support.gptq_files import write_gptq
+from support.models import ARCHITECTURES, tiny_model
+from support.runs import VARIANT
+from torch import Tensor
 
+import qzo
 from quantizers.errors import FormatError
 from qzo import parts
+from qzo.bench.batches import random_examples
 from qzo.errors import CheckpointError, ConfigError
+from qzo.examples import from_encoded
 from qzo.footprint import assumed_quantization
 from qzo.memory import parse_memory
+from qzo.model import trained_layers
+from qzo.objective import Objective
 from qzo.planner import Plan, plan
+from qzo.scales import Scales
+from qzo.shapes import build_skeleton
+from qzo.trace import backward_bytes_per_row
 
 GIB = 2**30
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True}
@@ -156,6 +169,63 @@ def test_llama_activations_are_the_closed_form(
     assert sizes(result)["activations"] == 2 * 3 * seq_len * (4 * 256 + 3 * 768) * size
 
 
+@pytest.mark.parametrize(
+    ("architecture", "coordinates", "num_blocks"),
+    [
+        *((architecture, "row", 2) for architecture in ARCHITECTURES),
+        *(("llama", coordinates, 1) for coordinates in ("row", "column", "rank_one", "relative")),
+    ],
+)
+def test_a_backward_is_traced_as_what_autograd_keeps(
+    tmp_path: Path, architecture: str, coordinates: Any, num_blocks: int
+) -> None:
+    write_gptq(tmp_path, tiny_model(architecture, num_layers=3), VARIANT)
+    model = qzo.load(tmp_path)
+    layers = trained_layers(model, None)
+    scales = Scales.of_layers(layers, coordinates=coordinates, direction="rademacher")
+    live = layers[0].live
+    last = [i for i, x in enumerate(scales.names) if f".{3 - num_blocks}." in x or ".2." in x]
+    objective = Objective(
+        model, live, scales, from_encoded(random_examples([40, 40], 64)), batch_size=2
+    )
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        objective.gradient(objective.batch(0), last)
+
+    of_tokens = [x.untyped_storage().nbytes() for x in kept.values() if x.numel() >= 2 * 40 * 16]
+    skeleton = build_skeleton(model.config.to_dict(), torch.float32)
+    names = [scales.names[place] for place in last]
+    traced = backward_bytes_per_row(skeleton, 40, names, coordinates)
+    # Beside what is kept until the backward there is what it works on.
+    assert 0.9 * sum(of_tokens) <= 2 * traced <= 1.6 * sum(of_tokens)
+
+
+def test_a_backward_grows_with_its_blocks_and_has_moments(tmp_path: Path) -> None:
+    folder = write_config(tmp_path, TOY, GPTQ)
+
+    none, one, two = (
+        sizes(plan(folder, num_probes=1, seq_len=2048, first_order_blocks=count))["backward"]
+        for count in range(3)
+    )
+
+    assert none == 0
+    rows = 4 * 256 + 2 * 512 + 256  # of a block
+    # Kept of a block at least: the outputs of its seven layers before their multipliers.
+    assert two - one > 16 * 2048 * 4 * rows + 16 * rows
+    assert one > 16 * rows
+
+
+def test_more_exact_blocks_than_there_are_is_refused(tmp_path: Path) -> None:
+    message = r"^first_order_blocks: expected 0 to 2, the blocks there are, got 3$"
+    with pytest.raises(ConfigError, match=message):
+        plan(write_config(tmp_path, TOY, GPTQ), first_order_blocks=3)
+
+
 def test_logits_count_where_they_exceed_the_activations(tmp_path: Path) -> None:
     folder = write_config(tmp_path, TOY | {"vocab_size": 50_000}, GPTQ)
     result = plan(folder, batch_size=3, seq_len=16, answer_len=16)
@@ -284,6 +354,7 @@ def test_every_part_is_listed_and_explained(tmp_path: Path) -> None:
         "dequantized tile",
         "activations",
         "logits",
+        "backward",
         "directions",
         "framework",
     ]

@@ -73,6 +73,7 @@ def predict(settings: RunSettings) -> Plan:
         coordinates=settings.coordinates,
         num_probes=settings.num_probes,
         dtype=settings.dtype or default,
+        first_order_blocks=settings.first_order_blocks,
     )
 
 

@@ -50,6 +50,7 @@ class RunSettings:
         steps: How many.
         coordinates: ``row``, ``relative`` or ``absolute``; estimators as in ``bench step``.
         num_directions: Of a step, for the whole batch (SPSA); None: as in ``bench step``.
+        first_order_blocks: The recipe's.
         memory_limit: The recipe's, or None.
         dtype: The recipe's, or None.
         device: The recipe's.
@@ -61,6 +62,7 @@ class RunSettings:
     steps: int = 1
     coordinates: str = "row"
     num_directions: int | None = None
+    first_order_blocks: int = 0
     memory_limit: str | None = None
     dtype: str | None = None
     device: str = "cpu"
@@ -85,6 +87,8 @@ class RunSettings:
         if self.num_directions is not None:
             spsa = {"estimator": "spsa", "num_directions": self.num_directions}
             keys["zo"] = {**keys.get("zo", {}), **spsa}
+        if self.first_order_blocks:
+            keys["zo"] = {**keys.get("zo", {}), "first_order_blocks": self.first_order_blocks}
         if self.memory_limit is not None:
             if "memory_limit" not in Recipe.model_fields:
                 raise ConfigError("memory_limit: expected none, this version of qzo has no limit")
