@@ -3,7 +3,7 @@
 Each is done once, however often a run was stopped and continued.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from qzo.callbacks import Events
 from qzo.config import Recipe
@@ -11,14 +11,14 @@ from qzo.errors import QZOError
 from qzo.evaluate import Evaluation
 from qzo.exact_part import ExactPart
 from qzo.journal import Journal
-from qzo.journal_lines import GradientNote
 from qzo.metrics import NAME as METRICS_NAME
 from qzo.metrics import Metrics, Window
-from qzo.probes import DirectionalDerivative, Probe, forwards_of
+from qzo.probes import forwards_of
 from qzo.ranks import Ranks
 from qzo.run_folder import begin
 from qzo.scales import Scales
 from qzo.snapshots import Snapshots
+from qzo.training_step import Measured
 
 FINGERPRINT_STEPS = 100
 
@@ -68,20 +68,15 @@ class BetweenSteps:
         if importance is not None:
             self.metrics.append({"step": 0, **importance})
 
-    def note(
-        self,
-        probes: Sequence[Probe],
-        losses: Sequence[float],
-        derivatives: Sequence[DirectionalDerivative],
-        gradient: GradientNote | None,
-    ) -> None:
+    def note(self, measured: Measured) -> None:
         """Take a step into the averages, and count its forwards."""
+        probes, losses, gradient = measured.probes, measured.losses, measured.note
         tried = losses[len(probes) :]  # at the candidates of a conservative step
         shown = [x for probe, x in zip(probes, losses, strict=False) if not probe.is_tangent]
         shown += tried
         if gradient is not None and gradient.loss is not None:
             shown.append(gradient.loss)
-        self._window.add(shown, derivatives)
+        self._window.add(shown, measured.derivatives)
         config = self._config
         num_examples = config.per_device_train_batch_size * config.gradient_accumulation_steps
         self._forwards += forwards_of(probes, num_examples, self._exact.backward) + len(tried)

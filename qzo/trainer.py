@@ -26,7 +26,6 @@ from qzo.adapter import (
 from qzo.between_steps import BetweenSteps
 from qzo.callbacks import Events
 from qzo.config import Recipe
-from qzo.conservative import candidates, choose
 from qzo.encoding import EncodedExample
 from qzo.errors import ConfigError, DataError
 from qzo.estimators import make_estimator
@@ -50,6 +49,7 @@ from qzo.rewards import WRITTEN, ObjectiveName, RewardFunction, check_objective,
 from qzo.run_folder import header_of, open_journal, write_reference
 from qzo.sections import sections_of
 from qzo.snapshots import Snapshots, read_snapshot
+from qzo.training_step import Measured, TrainingSteps
 from qzo.tuned import trained_vector
 from qzo.wrap import checkpoint_of, tokenizer_of
 
@@ -139,7 +139,7 @@ class Trainer:
             return self._train()
 
     def _train(self) -> Result:
-        config, scales, estimator, ranks = self.config, self.scales, self.estimator, self._ranks
+        config, scales, ranks = self.config, self.scales, self._ranks
         self.checkpoint = checkpoint_of(self.model, self.folder / "base")
         _ = self.checkpoint.digests  # for the header; they need not be there before the first step
         journal = open_journal(config, self._header, ranks)
@@ -156,35 +156,48 @@ class Trainer:
             ranks=ranks,
             evaluate=None if self.eval_set is None else self.evaluate,
         )
-        skipped, skipped_in_a_row = 0, 0
+        self._training_steps = TrainingSteps(
+            config,
+            self.objective,
+            estimator=self.estimator,
+            optimizer=self.optimizer,
+            scales=scales,
+            exact=exact,
+        )
         self._steps = journal.next_step
         self._events.tell("train_begin", journal.next_step)
         before = between.evaluate(0) if journal.next_step == 0 else None
         started = time.monotonic()
         self._catch_up(journal)
+        skipped = self._take_steps(journal, started)
+        seconds = time.monotonic() - started
+        return self._finish(journal, before, skipped, seconds)
+
+    def _take_steps(self, journal: Journal, started: float) -> int:
+        """Take the steps that are left; return how many moved nothing.
+
+        Raises:
+            DivergedError: Too many of them in a row.
+        """
+        config, steps, between = self.config, self._training_steps, self._between
+        skipped, skipped_in_a_row = 0, 0
+
+        def write(measured: Measured) -> None:
+            if self._ranks.is_first:
+                between.begin()
+                steps.exact.append(measured.step, measured.gradient)
+                journal.append(
+                    measured.step,
+                    measured.losses,
+                    measured.derivatives,
+                    measured.learning_rate,
+                    measured.note,
+                )
 
         for step in range(journal.next_step, config.max_steps):
             self._events.tell("step_begin", step)
-            batch, rate = self.objective.batch(step), config.rate_at(step)
-            self.optimizer.aim(scales)
-            probes = self._ask(step)
-            losses = self.objective.losses(probes, batch)
-            derivatives = estimator.tell(probes, losses) if probes else []
-            gradient, note = exact.gradient(batch, config.first_order_rate_at(step))
-            if config.zo.optimizer == "conservative":
-                tried = candidates(derivatives[0], rate)
-                tried_losses = self.objective.losses(tried, batch) if tried else []
-                derivatives = [choose(derivatives[0], tried_losses)]
-                losses = [*losses, *tried_losses]
-            if ranks.is_first:
-                between.begin()
-                exact.append(step, gradient)
-                journal.append(step, losses, derivatives, rate, note)
-            usable = [d for d in derivatives if math.isfinite(d.value)]
-            self.optimizer.step(scales, usable, rate)
-            is_moved = exact.step(gradient, note) or bool(usable)
+            measured, is_moved = steps.take(step, write)
             self._steps = step + 1
-
             skipped += not is_moved
             skipped_in_a_row = 0 if is_moved else skipped_in_a_row + 1
             if skipped_in_a_row >= config.zo.max_skipped_steps:
@@ -193,18 +206,16 @@ class Trainer:
                     f"steps in a row up to step {step}; lower learning_rate or zo.epsilon. The "
                     "journal and the scales are intact"
                 )
-            between.note(probes, losses, derivatives, note)
+            between.note(measured)
             self._events.tell("step_end", step + 1)
             between.after_step(step + 1, time.monotonic() - started)
             if self._events.wants_stop:
-                ranks.ask(Wish.FINISH)
-            if ranks.wish is Wish.STOP:
+                self._ranks.ask(Wish.FINISH)
+            if self._ranks.wish is Wish.STOP:
                 self._stop(journal)
-            if ranks.wish is Wish.FINISH:
+            if self._ranks.wish is Wish.FINISH:
                 break
-
-        seconds = time.monotonic() - started
-        return self._finish(journal, before, skipped, seconds)
+        return skipped
 
     def evaluate(self, data: ExampleSet | None = None) -> Evaluation:
         """Evaluate the present scales; with several processes each takes a part.
@@ -279,11 +290,6 @@ class Trainer:
         part = None if self._exact is None else self._exact.header
         return header if part is None else {**header, "first_order": part}
 
-    def _ask(self, step: int) -> list[Probe]:
-        """Return the probes of a step: none where exact gradients move everything."""
-        is_exact = self._exact is not None and self._exact.moves_everything
-        return [] if is_exact else self.estimator.ask(step)
-
     def _stretch(self) -> dict[str, list[float]] | None:
         """Return the factors of directions by layer, measured once, at the start."""
         zo, objective = self.config.zo, self.objective
@@ -334,10 +340,7 @@ class Trainer:
         for record in journal.records() if self._ranks.is_first else ():
             if isinstance(record, Step) and record.step >= between.metrics.logged_step:
                 losses = [math.nan if loss is None else loss for loss in record.losses]
-                probes = self._ask(record.step)  # more losses: of conservative candidates
-                own = losses[: len(probes)]
-                derivatives = self.estimator.tell(probes, own) if probes else []
-                between.note(probes, losses, derivatives, record.gradient)
+                between.note(self._training_steps.recall(record.step, losses, record.gradient))
         between.after_step(journal.next_step, 0.0)
 
     def _stop(self, journal: Journal) -> None:
