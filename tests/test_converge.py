@@ -518,6 +518,19 @@ def test_a_method_is_a_recipe_file_beside_the_suite(base: Path, data: Path, tmp_
     assert list(suite.methods[0].points) == ["learning_rate=0.01", "learning_rate=0.0001"]
 
 
+def test_keys_in_the_suite_are_put_over_those_of_the_file(
+    base: Path, data: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "m.yaml").write_text("zo: {estimator: spsa}\ngrid: {learning_rate: [1.0, 2.0]}\n")
+    over = {"file": "m.yaml", "zo": {"coordinates": "row"}, "grid": {"zo.epsilon": [0.1, 0.2]}}
+    keys = suite_keys(base, data, methods={"a": over}, grid=None)
+
+    (method,) = read_suite(write_suite(tmp_path / "suite.yaml", keys)).methods
+
+    assert method.fragment == {"zo": {"estimator": "spsa", "coordinates": "row"}}
+    assert list(method.points) == ["zo.epsilon=0.1", "zo.epsilon=0.2"]
+
+
 @pytest.mark.parametrize("suite_name", ["tiny", "stories"])
 def test_every_method_file_is_in_the_suites_with_as_many_grid_points(
     tmp_path: Path, suite_name: str

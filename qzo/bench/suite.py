@@ -1,8 +1,9 @@
 """What ``qzo bench converge`` compares: methods, tasks and seeds, from a YAML file.
 
-A method is a fragment of a recipe, in the suite or in a file of its own; a task is the fragment
-that names model and data. What makes the comparison fair is the suite's alone: seeds, forwards,
-evaluation, and as many grid points for one method as for any other.
+A method is a fragment of a recipe: in the suite, in a file of its own, or in a ``file`` with keys
+of the suite over it. A task is the fragment that names model and data. What makes the comparison
+fair is the suite's alone: seeds, forwards, evaluation, and as many grid points for one method as
+for any other.
 """
 
 import difflib
@@ -201,7 +202,7 @@ def _methods(file: _File, folder: Path) -> list[Method]:
     """
     methods = []
     for name, given in file.methods.items():
-        keys = dict(given) if isinstance(given, dict) else read_keys(folder / given)
+        keys = _keys_of(f"methods.{name}", given, folder)
         own = keys.pop("grid", None)
         is_off = file.grid is not None and not file.grid
         grid = {} if is_off else own if own is not None else file.grid or {}
@@ -215,6 +216,24 @@ def _methods(file: _File, folder: Path) -> list[Method]:
             f"budget, got {listed}; make them equal, or say 'grid: {{}}' to tune nothing"
         )
     return methods
+
+
+def _keys_of(place: str, given: Mapping[str, Any] | str, folder: Path) -> dict[str, Any]:
+    """Return the keys of a method: its own over those of the file that it names, if any.
+
+    Raises:
+        ConfigError: The file has no name, or cannot be read.
+    """
+    if isinstance(given, str):
+        given = {"file": given}
+    if "file" not in given:
+        return dict(given)
+    if not isinstance(given["file"], str):
+        raise ConfigError(f"{place}.file: expected the name of a file, got {given['file']!r}")
+    keys = read_keys(folder / given["file"])
+    fragment, own = ({k: x[k] for k in x if k not in ("file", "grid")} for x in (keys, given))
+    grid = given.get("grid", keys.get("grid"))  # as a whole, and of dotted keys
+    return {**with_keys(fragment, own), **({} if grid is None else {"grid": grid})}
 
 
 def _points(place: str, grid: Any) -> dict[str, dict[str, Any]]:
