@@ -27,7 +27,8 @@ def assistant_spans(messages: Sequence[Message], render: Render) -> list[tuple[i
         Start and end in the rendered conversation, one pair for each assistant turn, in order.
     """
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    return [_span(messages, turn, render) for turn in turns]
+    spans = (turn_span(messages, turn, render) for turn in turns)
+    return [(start, stop) for start, _, stop in spans]
 
 
 def num_shared(first: Sequence[Any], second: Sequence[Any]) -> int:
@@ -36,7 +37,11 @@ def num_shared(first: Sequence[Any], second: Sequence[Any]) -> int:
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
 
 
-def _span(messages: Sequence[Message], turn: int, render: Render) -> tuple[int, int]:
+def turn_span(messages: Sequence[Message], turn: int, render: Render) -> tuple[int, int, int]:
+    """Find where a turn starts, where its content ends, and where it ends itself.
+
+    See ``assistant_spans``.
+    """
     text = render(messages, False)
     start, content_end = _content_span(messages, turn, render)
     before = render(messages[:turn], True) if turn > 0 else ""
@@ -45,7 +50,7 @@ def _span(messages: Sequence[Message], turn: int, render: Render) -> tuple[int, 
     through = render(messages[: turn + 1], False)
     ending = through[_content_span(messages[: turn + 1], turn, render)[1] :]
     ending = ending[: num_shared(ending, text[content_end:])]
-    return start, content_end + len(ending.rstrip() or ending)
+    return start, content_end, content_end + len(ending.rstrip() or ending)
 
 
 def _content_span(messages: Sequence[Message], turn: int, render: Render) -> tuple[int, int]:

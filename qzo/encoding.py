@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-from qzo.chat import Message, Render, assistant_spans, num_shared
+from qzo.chat import Message, Render, assistant_spans, num_shared, turn_span
 from qzo.errors import DataError
 
 _SHOWN_CHARACTERS = 40
@@ -47,9 +47,13 @@ class Tokenizer(Protocol):
 
 
 class RenderedPrompt(str):
-    """A prompt as a chat template wrote it: its special tokens are in the text."""
+    """A prompt as a chat template wrote it: its special tokens are in the text.
 
-    __slots__ = ()
+    Attributes:
+        end: What the template puts behind the answer.
+    """
+
+    end: str = ""
 
 
 @dataclass(frozen=True)
@@ -193,9 +197,14 @@ def last_turn(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[Render
         tokenizer: A transformers tokenizer with a chat template.
         messages: A conversation that ``encode_messages`` takes; not modified.
     """
+    render = _renderer(tokenizer)
     turn = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
-    before = _renderer(tokenizer)(messages[:turn], True) if turn > 0 else ""
-    return RenderedPrompt(before), messages[turn]["content"]
+    prompt = RenderedPrompt(render(messages[:turn], True) if turn > 0 else "")
+    through = messages[: turn + 1]
+    _, content_end, stop = turn_span(through, turn, render)
+    end = render(through, False)[content_end:stop]
+    prompt.end = end.strip() or end
+    return prompt, messages[turn]["content"]
 
 
 def encode_text(

@@ -6,7 +6,8 @@
   half of the time and still rank the texts well. This is the accuracy after the threshold between
   the two candidates is moved to the median over the examples; it needs no labels, and is the
   baseline that a gain has to beat.
-- Generation is greedy, up to a line end unless told otherwise.
+- Generation is greedy, up to a line end, or in conversations the end of the turn, unless told
+  otherwise.
 """
 
 import math
@@ -99,7 +100,7 @@ def evaluate(
         tokenizer: For generation.
         progress: Called with the examples done and their number.
         ranks: The processes that split the batches; all of them get the results.
-        generator: Writes the answers; up to a line end unless given.
+        generator: Writes the answers; with its defaults unless given.
         objective: What is trained on.
         reward: The function of objective ``reward``.
     """

@@ -29,9 +29,9 @@ class Generator:
         tokenizer: Its tokenizer.
         live: What its quantized layers see; needed for several probes.
         max_new_tokens: Tokens of a completion at most.
-        stop: Where a completion ends; not part of it. None: at the end-of-text token alone, which
-            in a conversation ends the turn. ``auto``: that for prompts from a chat template, a line
-            end for others.
+        stop: Where a completion ends; not part of it. None: at the end-of-text token alone.
+            ``auto``: for prompts from a chat template also at what the template puts behind an
+            answer, for others at a line end.
 
     Raises:
         ConfigError: The model has no room for a prompt and that many tokens.
@@ -75,7 +75,7 @@ class Generator:
     def _stop_of(self, prompt: str) -> str | None:
         if self._stop != AUTO_STOP:
             return self._stop
-        return None if isinstance(prompt, RenderedPrompt) else "\n"
+        return (prompt.end or None) if isinstance(prompt, RenderedPrompt) else "\n"
 
     def _encoded(self, prompt: str) -> list[int]:
         tokens = encode_prompt(self._tokenizer, prompt, max_length=self._prompt_tokens)

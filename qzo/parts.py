@@ -304,13 +304,16 @@ def _backward(
     """Count what a backward needs beyond the activations of the probes, which are gone by then."""
     if differentiated is None:
         return Part("backward", 0, "no exact gradients")
-    logits = 3 * workload.answer_len * vocab_size * DTYPES[workload.dtype].itemsize
-    kept = int(workload.batch_size * (differentiated.row_bytes + logits) * (1 + BACKWARD_SHARE))
+    # Logits, their slopes and two more of the log-sum-exp; in 16 bits the latter are in fp32.
+    is_cpu = workload.device == "cpu"
+    logits = (16 if is_cpu else 10) * workload.answer_len * vocab_size
+    share = 1 + BACKWARD_SHARE * is_cpu
+    kept = int(workload.batch_size * (differentiated.row_bytes + logits) * share)
     trained = num_trained(differentiated.linears, quantization, workload.coordinates)
     tile = 4 * max(rows * columns for rows, columns in map(_tile_shape, differentiated.linears))
     formula = (
         f"{workload.batch_size} examples x ({differentiated.row_bytes:,} bytes of the graph "
-        f"+ {logits:,} of logits and their slopes) x {1 + BACKWARD_SHARE:g} for freed blocks = "
+        f"+ {logits:,} of logits and their slopes) x {share:g} for freed blocks = "
         f"{kept:,}, less the activations; + {trained:,} values x 16 bytes (gradient, moments) + "
         f"{tile:,} of a second tile"
     )

@@ -109,7 +109,8 @@ def plan(
         coordinates: See ``Workload``.
         num_probes: See ``Workload``.
         dtype: See ``Workload``.
-        first_order_blocks: See ``Workload``; at most the blocks there are.
+        first_order_blocks: See ``Workload``; at most the blocks there are. All their quantized
+            layers are taken to be trained.
         assumed: Quantization of a model that has none yet; GPTQ, 4 bits, group size 128 if None.
 
     Raises:
@@ -197,15 +198,17 @@ def _differentiated(
     model: PreTrainedModel, shapes: ModelShapes, workload: Workload
 ) -> Differentiated | None:
     count = workload.first_order_blocks
+    if count == 0:
+        return None
     name, blocks = find_blocks(model)
     if not 0 <= count <= len(blocks):
         raise ConfigError(
             f"first_order_blocks: expected 0 to {len(blocks)}, the blocks there are, got {count}"
         )
-    if count == 0:
-        return None
     places = tuple(f"{name}.{place}." for place in range(len(blocks) - count, len(blocks)))
     linears = [layer for layer in shapes.linears if layer.name.startswith(places)]
+    if not linears:
+        return None
     names = [layer.name for layer in linears]
     return Differentiated(
         linears, backward_bytes_per_row(model, workload.seq_len, names, workload.coordinates)

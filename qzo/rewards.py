@@ -26,6 +26,7 @@ import importlib.util
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
@@ -84,7 +85,7 @@ def check_objective(
 
     Raises:
         ConfigError: The function is missing.
-        DataError: The examples have no candidates, or no prompts.
+        DataError: The examples have no candidates, or no prompts, or one of these is empty.
     """
     if objective == "reward" and reward is None:
         raise ConfigError(
@@ -99,8 +100,14 @@ def check_objective(
     if objective in WRITTEN and not data.questions:
         raise DataError(
             f"objective: expected prompt and completion, messages, or a task, for {objective!r}, "
-            "got texts without prompts"
+            "got texts without prompts; rename the columns of training and evaluation data"
         )
+    for row, question in enumerate(data.questions if objective in WRITTEN else (), start=1):
+        if not question.prompt:
+            raise DataError(
+                f"row {row}: messages: expected a message in front of the assistant's last one for "
+                f"{objective!r}, got none; add one or remove the row"
+            )
 
 
 def make_judge(objective: ObjectiveName, data: ExampleSet, reward: RewardFunction | None) -> Judge:
@@ -152,7 +159,7 @@ def _checked(reward: RewardFunction, question: Question, text: str) -> float:
     """
     example: Mapping[str, Any] = question.example
     try:
-        value: object = reward(question.prompt, text, dict(example))
+        value: object = reward(question.prompt, text, deepcopy(dict(example)))
     except Exception as error:
         raise QZOError(
             f"{reward_name(reward)}: expected a number for the output {text[:40]!r}, got "

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -161,25 +162,32 @@ def _planned_bytes(
         make_estimator(zo.estimator, recipe.estimator_settings), num_examples
     )
     probes += recipe.zo.optimizer == "conservative"  # three candidates of a step
-    probes *= 1 + (zo.estimator == "forward_gradient")  # a tangent beside every activation
     lengths = [len(row) for data in sets for example in data.examples for row in example.rows]
     written = _written_tokens(recipe, sets)
     of_probe = _most_rows(sets[0]) * recipe.per_device_train_batch_size
     rows = probes * of_probe
     if recipe.objective not in WRITTEN:
         rows = min(rows, max(STACKED_TOKENS // max(lengths, default=1), of_probe))
+    rows *= 1 + (zo.estimator == "forward_gradient")  # a tangent beside every activation
     for data in sets[1:]:
         rows = max(rows, _most_rows(data) * recipe.per_device_eval_batch_size)
     dtype = "float32" if device.type == "cpu" else recipe.dtype or "float16"
-    planned = plan(
+    plan_of = partial(
+        plan,
         checkpoint.folder,
-        batch_size=-(-rows // probes),
         seq_len=max(lengths, default=recipe.max_length) + written,
         coordinates=zo.coordinates,
-        num_probes=probes,
         dtype=dtype,
-        first_order_blocks=_first_order_blocks(recipe, checkpoint),
     )
+    planned = plan_of(batch_size=-(-rows // probes), num_probes=probes)
+    if zo.has_first_order:  # a micro-batch by itself, when the probes are gone
+        backward = plan_of(
+            batch_size=of_probe,
+            num_probes=1,
+            answer_len=_most_scored(sets[0]),
+            first_order_blocks=_first_order_blocks(recipe, checkpoint),
+        )
+        planned = max(planned, backward, key=lambda one: one.peak_bytes)
     streaming = sum(part.bytes for part in planned.parts if part.streams)
     cache = rows * (max(lengths) + written) * _cache_bytes(checkpoint, dtype) if written else 0
     return streaming, planned.peak_bytes - streaming + cache
@@ -191,10 +199,16 @@ def _written_tokens(recipe: Recipe, sets: Sequence[ExampleSet]) -> int:
 
 
 def _first_order_blocks(recipe: Recipe, checkpoint: Checkpoint) -> int:
-    """Return how many last blocks a backward goes through; a profile goes through all."""
-    if recipe.zo.first_order_layers != "profile":
-        return recipe.zo.first_order_blocks
-    return int(AutoConfig.from_pretrained(checkpoint.folder).get_text_config().num_hidden_layers)
+    """Return how many last blocks a backward goes through at most; a profile goes through all."""
+    zo = recipe.zo
+    total = int(AutoConfig.from_pretrained(checkpoint.folder).get_text_config().num_hidden_layers)
+    ends_early = zo.depth is not None and zo.depth[1] < 1
+    return total if zo.first_order_layers == "profile" or ends_early else zo.first_order_blocks
+
+
+def _most_scored(data: ExampleSet) -> int:
+    """Return the most predictions that are scored of an answer."""
+    return max(len(c.positions) for example in data.examples for c in example.candidates)
 
 
 def _cache_bytes(checkpoint: Checkpoint, dtype: str) -> int:

@@ -129,7 +129,10 @@ def _trained(model: PreTrainedModel, layers: Collection[str], coordinates: str) 
 
 
 class _FusedAttention(TorchFunctionMode):
-    """Attention as a CPU differentiates it; on meta tensors torch takes its own formula instead."""
+    """Attention as fused kernels differentiate it, here a CPU's, of which all keep the same.
+
+    On meta tensors torch takes its formula in parts instead, which keeps ``T x T`` scores.
+    """
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -148,7 +151,7 @@ class _LiveBytes(TorchDispatchMode):
     peak: int
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # as above
+        super().__init__()  # type: ignore[no-untyped-call]  # torch: untyped
         self.live = 0
         self.peak = 0
         self._storages: dict[int, weakref.ref[Any]] = {}
@@ -157,7 +160,9 @@ class _LiveBytes(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         # "Is nothing padded, is nothing packed?" asks for a value: yes, as in a batch without mask.
-        if func in (torch.ops.aten.is_nonzero.default, torch.ops.aten._local_scalar_dense.default):
+        if func is torch.ops.aten.is_nonzero.default:
+            return True
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype is torch.bool:
             return True
         result = func(*args, **(kwargs or {}))
         known = [

@@ -169,11 +169,11 @@ class Trainer:
         before = between.evaluate(0) if journal.next_step == 0 else None
         started = time.monotonic()
         self._catch_up(journal)
-        skipped = self._take_steps(journal, started)
+        skipped = self._take_steps(journal, exact, started)
         seconds = time.monotonic() - started
         return self._finish(journal, before, skipped, seconds)
 
-    def _take_steps(self, journal: Journal, started: float) -> int:
+    def _take_steps(self, journal: Journal, exact: ExactPart, started: float) -> int:
         """Take the steps that are left; return how many moved nothing.
 
         Raises:
@@ -185,7 +185,7 @@ class Trainer:
         def write(measured: Measured) -> None:
             if self._ranks.is_first:
                 between.begin()
-                steps.exact.append(measured.step, measured.gradient)
+                exact.append(measured.step, measured.gradient)
                 journal.append(
                     measured.step,
                     measured.losses,

@@ -76,7 +76,7 @@ class TrainingSteps:
         exact: ExactPart,
     ) -> None:
         self._config, self._objective, self._scales = config, objective, scales
-        self._estimator, self._optimizer, self.exact = estimator, optimizer, exact
+        self._estimator, self._optimizer, self._exact = estimator, optimizer, exact
 
     def take(self, step: int, write: Callable[[Measured], None]) -> tuple[Measured, bool]:
         """Take a step.
@@ -92,12 +92,15 @@ class TrainingSteps:
         write(measured)
         usable = [d for d in measured.derivatives if math.isfinite(d.value)]
         self._optimizer.step(self._scales, usable, measured.learning_rate)
-        is_moved = self.exact.step(measured.gradient, measured.note) or bool(usable)
+        is_moved = self._exact.step(measured.gradient, measured.note) or bool(usable)
         return measured, is_moved
 
     def recall(self, step: int, losses: Sequence[float], note: GradientNote | None) -> Measured:
-        """Return what a step measured from the losses in its journal, and measure nothing."""
-        probes = self._ask(step)  # more losses than probes: of conservative candidates
+        """Return what a step measured, from the losses in its journal.
+
+        For averages: derivatives are as estimated, before a conservative step chose.
+        """
+        probes = self._ask(step)  # losses at candidates stand behind those at the probes
         derivatives = self._estimator.tell(probes, losses[: len(probes)]) if probes else []
         rate = self._config.rate_at(step)
         return Measured(step, probes, losses, derivatives, rate, note=note)
@@ -109,8 +112,8 @@ class TrainingSteps:
         probes = self._ask(step)
         losses = self._objective.losses(probes, batch)
         derivatives = self._estimator.tell(probes, losses) if probes else []
-        gradient, note = self.exact.gradient(batch, config.first_order_rate_at(step))
-        if config.zo.optimizer == "conservative":
+        gradient, note = self._exact.gradient(batch, config.first_order_rate_at(step))
+        if config.zo.optimizer == "conservative" and probes:
             tried = candidates(derivatives[0], rate)
             tried_losses = self._objective.losses(tried, batch) if tried else []
             derivatives = [choose(derivatives[0], tried_losses)]
@@ -119,4 +122,4 @@ class TrainingSteps:
 
     def _ask(self, step: int) -> list[Probe]:
         """Return the probes of a step: none where exact gradients move everything."""
-        return [] if self.exact.moves_everything else self._estimator.ask(step)
+        return [] if self._exact.moves_everything else self._estimator.ask(step)

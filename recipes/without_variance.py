@@ -36,8 +36,10 @@ def main() -> None:
         overrides = [*arguments.overrides, f"output_dir={folder}/run"]
         recipe = read_recipe(arguments.recipe, overrides)
         zo = recipe.zo
-        if zo.estimator != "per_example" or zo.sides != "leave_one_out" or not zo.normalize:
-            parser.error("expected zo.estimator per_example, leave_one_out, normalised")
+        is_default = zo.estimator == "per_example" and zo.sides == "leave_one_out" and zo.normalize
+        is_plain = zo.optimizer == "sgd" and zo.tuned == "scales" and recipe.objective == "loss"
+        if not (is_default and is_plain) or zo.normalize_over != "step" or zo.has_first_order:
+            parser.error("expected the estimator of the default, sgd, and the loss of scales")
         checkpoint = base_checkpoint(recipe)
         tokenizer = load_tokenizer(checkpoint.folder)
         train_set, eval_set = data_sets(recipe, tokenizer)

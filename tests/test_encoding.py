@@ -246,7 +246,7 @@ def test_the_last_turn_is_written_from_what_training_put_before_it(chat_template
 
     prompt, answer = last_turn(tokenizer, messages)
 
-    assert answer == "n"
+    assert (answer, prompt.end) == ("n", "<|im_end|>")
     assert encode_prompt(tokenizer, prompt, max_length=99) == list(trained.rows[0][:-1])
 
 

@@ -134,6 +134,17 @@ def test_a_conversation_is_answered_past_line_ends_up_to_the_end_of_the_turn(
     assert told[0]["eos_token_id"] == [0, tokenizer.eos_token_id]
 
 
+def test_an_answer_ends_where_the_template_ends_a_turn(model: Any, tokenizer: Any) -> None:
+    free = Generator(model, tokenizer, max_new_tokens=12, stop=None).write([["x:"]])[0][0]
+    assert len(free) == 12
+    prompt = RenderedPrompt("<s>x:")
+    prompt.end = free[3:5]
+
+    ((text,),) = Generator(model, tokenizer, max_new_tokens=12).write([[prompt]])
+
+    assert text == free[: free.index(prompt.end)]
+
+
 def test_nothing_of_a_generation_stays_behind(model: Any, tokenizer: Any) -> None:
     scales, live = scales_of(model)
     hooks = [len(module._forward_pre_hooks) for module in model.modules()]

@@ -233,7 +233,7 @@ def test_the_reward_is_the_mean_over_the_examples(base: Path, tmp_path: Path) ->
         (
             *("f1", [{"text": "abc"}], DataError),
             "objective: expected prompt and completion, messages, or a task, for 'f1', got texts "
-            "without prompts",
+            "without prompts; rename the columns of training and evaluation data",
         ),
     ],
 )
@@ -244,6 +244,37 @@ def test_data_that_an_objective_cannot_read_is_refused(
 
     with pytest.raises(error, match=f"^{re.escape(message)}$"):
         check_objective(objective, data, None)
+
+
+def test_a_conversation_that_the_assistant_begins_is_refused_for_written_answers(
+    base: Path,
+) -> None:
+    tokenizer = load_tokenizer(base)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}</s>{% endfor %}"
+    asked = [{"role": "user", "content": "abc"}, {"role": "assistant", "content": "def"}]
+    records = [{"messages": asked}, {"messages": asked[1:]}]
+    data = from_records(records, tokenizer, max_length=60)
+    message = (
+        "row 2: messages: expected a message in front of the assistant's last one for "
+        "'exact_match', got none; add one or remove the row"
+    )
+
+    with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
+        check_objective("exact_match", data, None)
+
+    check_objective("loss", data, None)
+
+
+def test_a_reward_cannot_change_the_records() -> None:
+    question = Question("say:", ("a",), {"messages": [1, 2]})
+
+    def popping(prompt: str, output: str, example: dict[str, Any]) -> float:
+        del prompt, output
+        return float(example["messages"].pop())
+
+    judge = make_judge("reward", ExampleSet([], "language_modeling"), popping)
+
+    assert [judge(question, "x"), judge(question, "x")] == [2.0, 2.0]
 
 
 def test_a_function_without_its_objective_is_refused(base: Path, tmp_path: Path) -> None:
