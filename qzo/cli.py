@@ -145,6 +145,9 @@ def plan(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder or a config.json.")],
     batch_size: Annotated[int, typer.Option(help="Examples of a step.")] = 16,
     seq_len: Annotated[int, typer.Option(help="Tokens of an example.")] = 512,
+    answer_len: Annotated[
+        int, typer.Option(help="Those of its answer; where whole texts are learned, all.")
+    ] = 16,
     memory: Annotated[str | None, typer.Option(help="What is there: 24GiB, 8GB.")] = None,
     coordinates: Annotated[
         str, typer.Option(help="row, column, rank_one, relative or absolute.")
@@ -170,6 +173,7 @@ def plan(
             checkpoint,
             batch_size=batch_size,
             seq_len=seq_len,
+            answer_len=answer_len,
             memory_bytes=None if memory is None else parse_memory(memory),
             coordinates=coordinates,
             num_probes=stacked_probes(num_probes, batch_size, seq_len),

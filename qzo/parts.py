@@ -283,11 +283,11 @@ def _activations(workload: Workload, row_bytes: int) -> Part:
 
 def _logits(workload: Workload, vocab_size: int, row_bytes: int) -> Part:
     """Count what logits need beyond the activations, which are gone by then."""
-    size, row = DTYPES[workload.dtype].itemsize, workload.answer_len * vocab_size
-    num_bytes = workload.num_rows * row * size + row * 8
+    size, positions = DTYPES[workload.dtype].itemsize, workload.num_rows * workload.answer_len
+    num_bytes = positions * vocab_size * size + vocab_size * 8
     formula = (
         f"{_rows(workload)} x {workload.answer_len} answer positions x {vocab_size:,} tokens x "
-        f"{size} bytes, + 8 bytes for one of the rows (log-sum-exp in fp32) = {num_bytes:,}; what "
+        f"{size} bytes, + 8 bytes at one position (log-sum-exp in fp32) = {num_bytes:,}; what "
         "exceeds the activations, which are gone by then"
     )
     return Part("logits", max(num_bytes - workload.num_rows * row_bytes, 0), formula)

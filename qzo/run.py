@@ -2,34 +2,27 @@
 
 import os
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 
 from qzo.adapter import apply_adapter, open_adapter
 from qzo.card import model_card
 from qzo.checkpoint import Checkpoint, open_checkpoint
 from qzo.config import Recipe
 from qzo.errors import ConfigError
-from qzo.estimators import evaluations_per_example, make_estimator
 from qzo.examples import ExampleSet, read_set, split_records
 from qzo.files import write_bytes
 from qzo.interrupts import explained_bus_errors
-from qzo.memory import parse_memory
 from qzo.model import Progress, load_checkpoint, load_tokenizer
-from qzo.planner import plan
 from qzo.plot import plot_run
-from qzo.probes import STACKED_TOKENS
 from qzo.ranks import Ranks
 from qzo.result import Result
-from qzo.rewards import WRITTEN, RewardFunction, load_reward
-from qzo.streaming import Budget, available_bytes
+from qzo.rewards import RewardFunction, load_reward
+from qzo.run_memory import memory_budget
 from qzo.trainer import Trainer
-
-_SMALL = 0.5  # of the memory: a checkpoint that is smaller is not planned before it is loaded
 
 
 def train(
@@ -122,106 +115,8 @@ def load_model(
         progress: See ``load_checkpoint``.
     """
     device = device_of(recipe.device)
-    budget = _budget(recipe, checkpoint, sets, device)
+    budget = memory_budget(recipe, checkpoint, sets, device)
     return load_checkpoint(checkpoint, _dtype(recipe), device, budget=budget, progress=progress)
-
-
-def _budget(
-    recipe: Recipe, checkpoint: Checkpoint, sets: Sequence[ExampleSet], device: torch.device
-) -> Budget | None:
-    """Return the memory of a run where it is limited, or where the plan says that it is short.
-
-    Raises:
-        ConfigError: There is a limit, and the architecture cannot be planned.
-    """
-    if recipe.memory_limit is not None:
-        limit, is_given = parse_memory(recipe.memory_limit, "memory_limit"), True
-    else:
-        available = available_bytes(device)
-        if available is None or checkpoint.tensors.num_bytes < _SMALL * available:
-            return None
-        limit, is_given = available, False
-    try:
-        streaming, other = _planned_bytes(recipe, checkpoint, sets, device)
-    except ConfigError:
-        if is_given:
-            raise
-        return None
-    if not is_given and streaming + other <= limit:
-        return None
-    return Budget(limit, other, is_given)
-
-
-def _planned_bytes(
-    recipe: Recipe, checkpoint: Checkpoint, sets: Sequence[ExampleSet], device: torch.device
-) -> tuple[int, int]:
-    """Return what can stream, and all the other memory of a run with these examples."""
-    zo = recipe.zo
-    num_examples = recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps
-    probes = evaluations_per_example(
-        make_estimator(zo.estimator, recipe.estimator_settings), num_examples
-    )
-    probes += recipe.zo.optimizer == "conservative"  # three candidates of a step
-    lengths = [len(row) for data in sets for example in data.examples for row in example.rows]
-    written = _written_tokens(recipe, sets)
-    of_probe = _most_rows(sets[0]) * recipe.per_device_train_batch_size
-    rows = probes * of_probe
-    if recipe.objective not in WRITTEN:
-        rows = min(rows, max(STACKED_TOKENS // max(lengths, default=1), of_probe))
-    rows *= 1 + (zo.estimator == "forward_gradient")  # a tangent beside every activation
-    for data in sets[1:]:
-        rows = max(rows, _most_rows(data) * recipe.per_device_eval_batch_size)
-    dtype = "float32" if device.type == "cpu" else recipe.dtype or "float16"
-    plan_of = partial(
-        plan,
-        checkpoint.folder,
-        seq_len=max(lengths, default=recipe.max_length) + written,
-        coordinates=zo.coordinates,
-        dtype=dtype,
-    )
-    planned = plan_of(batch_size=-(-rows // probes), num_probes=probes)
-    if zo.has_first_order:  # a micro-batch by itself, when the probes are gone
-        backward = plan_of(
-            batch_size=of_probe,
-            num_probes=1,
-            answer_len=_most_scored(sets[0]),
-            first_order_blocks=_first_order_blocks(recipe, checkpoint),
-        )
-        planned = max(planned, backward, key=lambda one: one.peak_bytes)
-    streaming = sum(part.bytes for part in planned.parts if part.streams)
-    cache = rows * (max(lengths) + written) * _cache_bytes(checkpoint, dtype) if written else 0
-    return streaming, planned.peak_bytes - streaming + cache
-
-
-def _written_tokens(recipe: Recipe, sets: Sequence[ExampleSet]) -> int:
-    is_written = recipe.objective in WRITTEN or any(data.is_generation for data in sets)
-    return recipe.max_new_tokens if is_written else 0
-
-
-def _first_order_blocks(recipe: Recipe, checkpoint: Checkpoint) -> int:
-    """Return how many last blocks a backward goes through at most; a profile goes through all."""
-    zo = recipe.zo
-    total = int(AutoConfig.from_pretrained(checkpoint.folder).get_text_config().num_hidden_layers)
-    ends_early = zo.depth is not None and zo.depth[1] < 1
-    return total if zo.first_order_layers == "profile" or ends_early else zo.first_order_blocks
-
-
-def _most_scored(data: ExampleSet) -> int:
-    """Return the most predictions that are scored of an answer."""
-    return max(len(c.positions) for example in data.examples for c in example.candidates)
-
-
-def _cache_bytes(checkpoint: Checkpoint, dtype: str) -> int:
-    """Return the bytes of keys and values of one token."""
-    config = AutoConfig.from_pretrained(checkpoint.folder).get_text_config()
-    heads = config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    pairs = config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or heads)
-    return 2 * int(pairs * width) * (4 if dtype == "float32" else 2)
-
-
-def _most_rows(data: ExampleSet) -> int:
-    return max((len(example.rows) for example in data.examples), default=1)
 
 
 def base_checkpoint(recipe: Recipe) -> Checkpoint:

@@ -10,12 +10,9 @@ import torch
 from support.runs import ESTIMATORS, MORE_ESTIMATORS, json_lines, tiny_checkpoint, tiny_trainer
 
 import qzo
-from qzo import run
-from qzo.checkpoint import open_checkpoint
 from qzo.compact_journal import write_compact
 from qzo.config import ZOConfig
 from qzo.errors import ConfigError
-from qzo.examples import ExampleSet
 from qzo.journal import Journal
 from qzo.trainer import Trainer
 
@@ -141,21 +138,3 @@ def test_a_journal_without_the_new_keys_is_continued(base: Path, tmp_path: Path)
 
     assert lines(tmp_path / "stopped") == lines(tmp_path / "straight")
     assert qzo.replay(tmp_path / "stopped").adapter == "equal"
-
-
-def test_as_many_evaluations_take_as_much_planned_memory(base: Path, tmp_path: Path) -> None:
-    """Four losses of every example: whatever asks for them."""
-
-    def planned(**zo: Any) -> tuple[int, int]:
-        trainer = trainer_of(base, tmp_path, zo)
-        sets: list[ExampleSet] = [trainer.train_set]
-        return run._planned_bytes(trainer.config, open_checkpoint(base), sets, torch.device("cpu"))
-
-    want = planned(estimator="spsa", num_directions=2)
-
-    assert planned(estimator="rloo", num_directions=4) == want
-    assert planned(estimator="one_sided", num_directions=3) == want
-    assert planned(estimator="per_example", num_directions=2) == want
-    assert planned(sides="leave_one_out", num_directions=4, examples_per_direction=2) == want
-    assert planned(estimator="spsa_1_5", num_directions=2) > want
-    assert planned(estimator="rloo", num_directions=3) < want
