@@ -89,12 +89,15 @@ def test_a_batch_that_is_no_whole_rows_is_refused(tokens: int, row_tokens: int) 
 
 def test_answers_are_the_last_predictions_of_a_row() -> None:
     example = random_examples([9], VOCABULARY)[0]
+    whole = random_examples([9], VOCABULARY, answer_len=9)[0]
 
     row, answer = example.rows[0], example.candidates[0]
     assert len(row) == 9
     assert answer.positions == (5, 6, 7, 8)
     assert answer.targets[:-1] == row[6:]
     assert len(answer.targets) == ANSWER_TOKENS
+    assert whole.rows == example.rows
+    assert whole.candidates[0].targets[:-1] == row[1:]
 
 
 def test_the_dense_loss_is_that_of_plain_cross_entropy(base: Path) -> None:
@@ -448,12 +451,18 @@ def test_products_are_counted_for_every_layer_but_the_head(
 
 
 def test_the_plan_is_asked_for_the_same_workload(base: Path) -> None:
-    settings = RunSettings(str(base), batch_size=3, seq_len=16, num_directions=2)
+    settings = RunSettings(str(base), batch_size=3, seq_len=16, answer_len=7, num_directions=2)
 
     workload = memory.predict(settings).workload
 
     assert (workload.batch_size, workload.seq_len, workload.num_probes) == (3, 16, 4)
-    assert (workload.dtype, workload.answer_len) == ("float32", ANSWER_TOKENS)
+    assert (workload.dtype, workload.answer_len) == ("float32", 7)
+
+
+def test_more_scored_predictions_than_tokens_are_refused(base: Path, tmp_path: Path) -> None:
+    message = r"^--answer-len: expected at most --seq-len, 16, got 17$"
+    with pytest.raises(ConfigError, match=message):
+        RunSettings(str(base), seq_len=16, answer_len=17).recipe(tmp_path)
 
 
 def test_a_fitted_line_has_the_slope_and_r_squared_of_numpy() -> None:

@@ -1,7 +1,7 @@
 """Batches of random tokens.
 
-Every example is one row; its last ``ANSWER_TOKENS`` predictions are scored, as those of a short
-answer behind a prompt are.
+Every example is one row; its last ``ANSWER_TOKENS`` predictions are scored unless said otherwise,
+as those of a short answer behind a prompt are.
 """
 
 from collections.abc import Sequence
@@ -35,13 +35,16 @@ def row_lengths(num_tokens: int, max_row_tokens: int) -> tuple[int, ...]:
     return (length,) * (num_tokens // length)
 
 
-def random_examples(lengths: Sequence[int], vocab_size: int, seed: int = 0) -> list[EncodedExample]:
-    """Draw one example for every length."""
+def random_examples(
+    lengths: Sequence[int], vocab_size: int, seed: int = 0, *, answer_len: int = ANSWER_TOKENS
+) -> list[EncodedExample]:
+    """Draw one example for every length; its last ``answer_len`` predictions are scored."""
     generator = np.random.Generator(np.random.Philox(key=[seed, len(lengths)]))
-    return [_example(generator.integers(vocab_size, size=n + 1).tolist()) for n in lengths]
+    drawn = [generator.integers(vocab_size, size=n + 1).tolist() for n in lengths]
+    return [_example(tokens, answer_len) for tokens in drawn]
 
 
-def _example(tokens: list[int]) -> EncodedExample:
-    positions = tuple(range(len(tokens) - 1 - ANSWER_TOKENS, len(tokens) - 1))
+def _example(tokens: list[int], answer_len: int) -> EncodedExample:
+    positions = tuple(range(len(tokens) - 1 - answer_len, len(tokens) - 1))
     targets = tuple(tokens[position + 1] for position in positions)
     return EncodedExample((tuple(tokens[:-1]),), (Candidate(0, positions, targets),), 0)

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from qzo.bench.batches import ANSWER_TOKENS
 from qzo.bench.clock import interleaved
 from qzo.bench.machine import hardware, versions
 from qzo.bench.training_run import RunSettings, run_apart
@@ -69,7 +68,7 @@ def predict(settings: RunSettings) -> Plan:
         checkpoint.folder,
         batch_size=settings.batch_size,
         seq_len=settings.seq_len,
-        answer_len=ANSWER_TOKENS,
+        answer_len=settings.answer_len,
         coordinates=settings.coordinates,
         num_probes=settings.num_probes,
         dtype=settings.dtype or default,

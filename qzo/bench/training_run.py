@@ -21,7 +21,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from qzo.bench.batches import random_examples
+from qzo.bench.batches import ANSWER_TOKENS, random_examples
 from qzo.bench.clock import wait_for
 from qzo.bench.process import Peaks, run_watched, seconds_since_start
 from qzo.bench.step import estimator_keys
@@ -47,6 +47,7 @@ class RunSettings:
         checkpoint: Folder of a 4-bit checkpoint; needs no tokenizer.
         batch_size: Examples of a step, a row each.
         seq_len: Tokens of a row.
+        answer_len: Predictions of a row that are scored, at most ``seq_len``.
         steps: How many.
         coordinates: ``row``, ``relative`` or ``absolute``; estimators as in ``bench step``.
         num_directions: Of a step, for the whole batch (SPSA); None: as in ``bench step``.
@@ -59,6 +60,7 @@ class RunSettings:
     checkpoint: str
     batch_size: int = 1
     seq_len: int = 128
+    answer_len: int = ANSWER_TOKENS
     steps: int = 1
     coordinates: str = "row"
     num_directions: int | None = None
@@ -76,8 +78,13 @@ class RunSettings:
         """Return the recipe of the run.
 
         Raises:
-            ConfigError: It asks for a memory limit, which this version does not know.
+            ConfigError: It asks for a memory limit, which this version does not know, or for more
+                scored predictions than there are tokens.
         """
+        if self.answer_len > self.seq_len:
+            raise ConfigError(
+                f"--answer-len: expected at most --seq-len, {self.seq_len}, got {self.answer_len}"
+            )
         keys: dict[str, Any] = {
             **{"model": self.checkpoint, "output_dir": str(output_dir), "max_steps": self.steps},
             **{"per_device_train_batch_size": self.batch_size, "max_length": self.seq_len},
@@ -163,7 +170,10 @@ def train(settings: RunSettings) -> dict[str, Any]:
         checkpoint = open_checkpoint(config.model)
         _ = checkpoint.digests  # as qzo train does it: read in the background
         lengths = [settings.seq_len] * settings.batch_size
-        examples = from_encoded(random_examples(lengths, checkpoint.config["vocab_size"]))
+        vocab_size = checkpoint.config["vocab_size"]
+        examples = from_encoded(
+            random_examples(lengths, vocab_size, answer_len=settings.answer_len)
+        )
         model = load_model(config, checkpoint, [examples])
         times = _Times(model)
         Trainer(model, config, examples, callbacks=[times]).train()
