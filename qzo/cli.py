@@ -2,11 +2,11 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.table import Table
@@ -14,9 +14,7 @@ from rich.table import Table
 from quantizers.errors import FormatError
 from qzo.bench.commands import app as bench
 from qzo.errors import ConfigError, QZOError
-from qzo.terminal import AsJSON, PrintJSON, stderr_console
-from qzo.terminal import console as _console
-from qzo.terminal import stdout_for as _stdout_for
+from qzo.terminal import AsJSON, console, show, show_training, stderr_console, stdout_for
 
 app = typer.Typer(
     name="qzo",
@@ -65,16 +63,6 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-def _show(value: dict[str, Any], as_json: bool, print_json: PrintJSON) -> None:
-    if as_json:
-        print_json(value)
-        return
-    table = Table(show_header=False, box=None)
-    for key, entry in value.items():
-        table.add_row(key, f"{entry:.4f}" if isinstance(entry, float) else str(entry))
-    _console().print(table)
-
-
 @app.command()
 def quantize(
     model: Annotated[str, typer.Argument(help="A folder, a hub id or a .gguf file.")],
@@ -110,9 +98,9 @@ def quantize(
         num_calibration_samples=num_samples,
         seq_len=seq_len,
     )
-    with _stdout_for(as_json) as print_json, _quantize_progress() as progress:
+    with stdout_for(as_json) as print_json, _quantize_progress() as progress:
         summary = run(model, out, settings, calibration=calibration, progress=progress)
-        _show(summary, as_json, print_json)
+        show(summary, as_json, print_json)
 
 
 @contextmanager
@@ -136,8 +124,8 @@ def inspect(
     """Show format, bits, groups and sizes of a checkpoint; refuse what cannot be read."""
     from qzo.inspect_checkpoint import inspect as run
 
-    with _stdout_for(as_json) as print_json:
-        _show(asdict(run(checkpoint)), as_json, print_json)
+    with stdout_for(as_json) as print_json:
+        show(asdict(run(checkpoint)), as_json, print_json)
 
 
 @app.command()
@@ -168,7 +156,7 @@ def plan(
     from qzo.planner import plan as run
     from qzo.probes import stacked_probes
 
-    with _stdout_for(as_json) as print_json:
+    with stdout_for(as_json) as print_json:
         result = run(
             checkpoint,
             batch_size=batch_size,
@@ -189,12 +177,12 @@ def plan(
     table.add_row(
         "peak", f"{result.peak_bytes / 2**20:,.1f}", f"{result.peak_bytes / 2**30:.2f} GiB"
     )
-    console = _console()
-    console.print(table)
+    out = console()
+    out.print(table)
     for note in result.notes:
-        console.print(f"- {note}")
+        out.print(f"- {note}")
     if result.verdict is not None:
-        console.print(f"fits in {memory}: {result.verdict}")
+        out.print(f"fits in {memory}: {result.verdict}")
 
 
 @app.command()
@@ -206,7 +194,7 @@ def doctor(as_json: AsJSON = False) -> None:
     """
     from qzo.doctor import doctor as run
 
-    with _stdout_for(as_json) as print_json:
+    with stdout_for(as_json) as print_json:
         report = run()
         if as_json:
             print_json(report.to_dict())
@@ -214,7 +202,7 @@ def doctor(as_json: AsJSON = False) -> None:
             table = Table("check", "status", "found", "what to do")
             for check in report.checks:
                 table.add_row(check.name, check.status, check.detail, check.advice)
-            _console().print(table)
+            console().print(table)
     if report.status == "fail":
         raise SystemExit(1)
 
@@ -234,7 +222,7 @@ def train(
     from qzo.progress import ProgressCallback, loading_progress
     from qzo.run import train as run
 
-    with _stdout_for(as_json) as print_json:
+    with stdout_for(as_json) as print_json:
         is_first = os.environ.get("RANK", "0") == "0"
         loading = loading_progress(_stderr, is_silent=as_json or not is_first)
         with ProgressCallback(_stderr) as progress, loading as show_loading:
@@ -244,39 +232,7 @@ def train(
         if as_json:
             print_json(result.to_dict())
             return
-    _show_training(config.output_dir, result)
-
-
-def _show_training(output_dir: str, result: Any) -> None:
-    console = _console()
-    evaluations = {"before": result.before, "after": result.after}
-    done = {name: e for name, e in evaluations.items() if e is not None}
-    written = [k for k in _WRITTEN if any(getattr(e, k) is not None for e in done.values())]
-    table = Table("", "loss", "accuracy", "bias-corrected", *written)
-    for name, evaluation in done.items():
-        table.add_row(name, *evaluation_cells(evaluation, (*_CHOSEN, *written)))
-    if table.row_count:
-        console.print(table)
-    console.print(
-        f"{result.steps} steps in {result.seconds:.0f} s; kept step {result.best_step}; "
-        f"{result.changed_fraction:.1%} of the scales differ from the base"
-    )
-    for warning in result.warnings:
-        console.print(f"warning: {warning}", soft_wrap=True)
-    console.print(f"next: qzo export {output_dir} --out NEW_FOLDER")
-
-
-_CHOSEN = ("loss", "accuracy", "accuracy_bias_corrected")
-_WRITTEN = ("f1", "exact_match", "reward")
-
-
-def evaluation_cells(evaluation: Any, keys: Sequence[str] = _CHOSEN) -> list[str]:
-    """Return numbers of an evaluation with their standard errors, as text."""
-    cells = []
-    for key in keys:
-        value, error = getattr(evaluation, key), getattr(evaluation, f"{key}_se")
-        cells.append("" if value is None else f"{value:.4f} ± {error:.4f}")
-    return cells
+    show_training(config.output_dir, result)
 
 
 @app.command("eval")
@@ -306,7 +262,7 @@ def evaluate(
     from qzo.model import load_tokenizer, quant_linears
     from qzo.run import evaluation_model
 
-    with _stdout_for(as_json) as print_json:
+    with stdout_for(as_json) as print_json:
         model, opened = evaluation_model(checkpoint, adapter, device)
         tokenizer = load_tokenizer(opened.folder)
         examples = read_set(
@@ -320,7 +276,7 @@ def evaluate(
         )
         live = quant_linears(model)[0].live
         result = run(model, live, examples, batch_size=batch_size, tokenizer=tokenizer)
-        _show(result.to_dict(), as_json, print_json)
+        show(result.to_dict(), as_json, print_json)
 
 
 @app.command()
@@ -334,8 +290,8 @@ def replay(
     """Rebuild the tuned scales from the journal, without the model."""
     from qzo.replay import replay as rebuild
 
-    with _stdout_for(as_json) as print_json:
-        _show(asdict(rebuild(run, to_step=to_step, out=out, base=base)), as_json, print_json)
+    with stdout_for(as_json) as print_json:
+        show(asdict(rebuild(run, to_step=to_step, out=out, base=base)), as_json, print_json)
 
 
 @app.command()
@@ -355,11 +311,11 @@ def compact(
         raise ConfigError(f"--out: expected a name that ends in .safetensors, got {out.name!r}")
     if out.exists():
         raise ConfigError(f"{out}: expected a new file, found one; choose another name")
-    with _stdout_for(as_json) as print_json:
+    with stdout_for(as_json) as print_json:
         record = open_record(Path(run))
         write_compact(record, out)
         summary = {"file": str(out), "steps": record.next_step, "bytes": out.stat().st_size}
-        _show(summary, as_json, print_json)
+        show(summary, as_json, print_json)
 
 
 @app.command()
@@ -372,8 +328,8 @@ def export(
     """Write the full checkpoint with the tuned scales, all else byte for byte."""
     from qzo.export import export as write
 
-    with _stdout_for(as_json) as print_json:
-        _show(asdict(write(run, out, base=base)), as_json, print_json)
+    with stdout_for(as_json) as print_json:
+        show(asdict(write(run, out, base=base)), as_json, print_json)
 
 
 @app.command()
@@ -390,7 +346,7 @@ def generate(
     from qzo.model import load_tokenizer
     from qzo.run import evaluation_model
 
-    with _stdout_for(as_json) as print_json:
+    with stdout_for(as_json) as print_json:
         model, opened = evaluation_model(checkpoint, adapter, device)
         tokenizer = load_tokenizer(opened.folder)
         text = run(model, tokenizer, prompt, max_new_tokens=max_new_tokens)

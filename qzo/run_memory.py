@@ -11,11 +11,12 @@ from qzo.config import Recipe
 from qzo.errors import ConfigError
 from qzo.estimators import evaluations_per_example, make_estimator
 from qzo.examples import ExampleSet
+from qzo.free_memory import available_bytes
 from qzo.memory import parse_memory
 from qzo.planner import plan
 from qzo.probes import STACKED_TOKENS
 from qzo.rewards import WRITTEN
-from qzo.streaming import Budget, available_bytes
+from qzo.streaming import Budget
 
 _SMALL = 0.5  # of the memory: a checkpoint that is smaller is not planned before it is loaded
 

@@ -1,17 +1,25 @@
-"""What every command prints with: a plain console, and one JSON object where that is asked for."""
+"""What commands print with: a plain console, tables, one JSON object where that is asked for."""
 
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from qzo.evaluate import Evaluation
+    from qzo.result import Result
 
 AsJSON = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 PrintJSON = Callable[[Any], None]
+
+_CHOSEN = ("loss", "accuracy", "accuracy_bias_corrected")
+_WRITTEN = ("f1", "exact_match", "reward")
 
 
 def console() -> Console:
@@ -34,6 +42,46 @@ def stdout_for(as_json: bool) -> Iterator[PrintJSON]:
         yield lambda value: _write_line(json.dumps(_json(value), default=str), real)
     finally:
         sys.stdout = real
+
+
+def show(value: dict[str, Any], as_json: bool, print_json: PrintJSON) -> None:
+    """Print a result: a line each key, or as JSON."""
+    if as_json:
+        print_json(value)
+        return
+    table = Table(show_header=False, box=None)
+    for key, entry in value.items():
+        table.add_row(key, f"{entry:.4f}" if isinstance(entry, float) else str(entry))
+    console().print(table)
+
+
+def show_training(output_dir: str, result: "Result") -> None:
+    """Print what a training run ended with, and what to do next."""
+    out = console()
+    evaluations = {"before": result.before, "after": result.after}
+    done = {name: e for name, e in evaluations.items() if e is not None}
+    written = [k for k in _WRITTEN if any(getattr(e, k) is not None for e in done.values())]
+    table = Table("", "loss", "accuracy", "bias-corrected", *written)
+    for name, evaluation in done.items():
+        table.add_row(name, *_evaluation_cells(evaluation, (*_CHOSEN, *written)))
+    if table.row_count:
+        out.print(table)
+    out.print(
+        f"{result.steps} steps in {result.seconds:.0f} s; kept step {result.best_step}; "
+        f"{result.changed_fraction:.1%} of the scales differ from the base"
+    )
+    for warning in result.warnings:
+        out.print(f"warning: {warning}", soft_wrap=True)
+    out.print(f"next: qzo export {output_dir} --out NEW_FOLDER")
+
+
+def _evaluation_cells(evaluation: "Evaluation", keys: Sequence[str]) -> list[str]:
+    """Return numbers of an evaluation with their standard errors, as text."""
+    cells = []
+    for key in keys:
+        value, error = getattr(evaluation, key), getattr(evaluation, f"{key}_se")
+        cells.append("" if value is None else f"{value:.4f} ± {error:.4f}")
+    return cells
 
 
 def _write_line(text: str, stream: Any) -> None:

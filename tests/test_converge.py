@@ -20,7 +20,8 @@ from support.command import Run, command
 from support.runs import json_lines, tiny_checkpoint, write_lines
 
 from qzo.bench import cells as cells_module
-from qzo.bench.cells import forwards_per_step, reached
+from qzo.bench.cell_results import reached
+from qzo.bench.cells import forwards_per_step
 from qzo.bench.converge import converge
 from qzo.bench.converge_report import loss_figure, table, write_report
 from qzo.bench.suite import read_suite, with_keys

@@ -12,8 +12,8 @@ from qzo.checkpoint import Checkpoint, open_checkpoint
 from qzo.config import Recipe
 from qzo.errors import ConfigError
 from qzo.examples import ExampleSet
+from qzo.free_memory import available_bytes
 from qzo.journal import Journal
-from qzo.streaming import available_bytes
 
 
 @pytest.fixture(scope="module")

@@ -17,13 +17,14 @@ from transformers import PreTrainedModel
 from qzo import pages
 from qzo.adapter import apply_adapter, open_adapter
 from qzo.checkpoint import open_checkpoint
+from qzo.device_copies import DeviceCopies
 from qzo.errors import ConfigError
 from qzo.generation import Generator
 from qzo.linear import QuantLinear
 from qzo.model import decoder_blocks, load_checkpoint, trained_layers
 from qzo.probes import Probe
 from qzo.scales import Scales
-from qzo.streaming import Budget, DeviceCopies, MappedPages, attach, stream
+from qzo.streaming import Budget, MappedPages, attach, stream
 from qzo.trainer import Trainer
 
 pytestmark = pytest.mark.slow  # whole runs; the file takes half a minute

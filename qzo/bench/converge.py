@@ -11,11 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from qzo.bench.cell_results import measured
 from qzo.bench.cells import (
     Cell,
     check_unchanged,
     make_cell,
-    measured,
     run_cell,
     write_tuning_data,
 )
