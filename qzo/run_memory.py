@@ -90,8 +90,8 @@ def _evaluations(recipe: Recipe) -> int:
     """Return how often a step evaluates an example."""
     num_examples = recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps
     estimator = make_estimator(recipe.zo.estimator, recipe.estimator_settings)
-    candidates = recipe.zo.optimizer == "conservative"  # three of a step
-    return evaluations_per_example(estimator, num_examples) + candidates
+    is_conservative = recipe.zo.optimizer == "conservative"  # three tries of a step at once
+    return evaluations_per_example(estimator, num_examples) + is_conservative
 
 
 def _stacked_rows(recipe: Recipe, sets: Sequence[ExampleSet], probes: int, longest: int) -> int:

@@ -15,6 +15,7 @@ from qzo.planner import plan
 from qzo.run_memory import planned_bytes
 
 SPSA = {"estimator": "spsa", "num_directions": 4, "epsilon": 0.1}
+HYBRID = {"estimator": "spsa", "num_directions": 1, "first_order_blocks": 1}
 QUESTION = {"prompt": "a good film . ", "completion": "great"}
 TEXT = {"text": "a good film . it was great"}
 
@@ -67,11 +68,9 @@ def test_all_tokens_of_a_text_reach_the_head(base: Path, is_trained: bool) -> No
     text, question = read(base, [TEXT] * 4), read(base, [QUESTION] * 4)
     length = len(text.examples[0].rows[0])
     assert length > len(question.examples[0].rows[0])
-    keys: dict[str, Any] = {"per_device_eval_batch_size": 1, "max_length": 60, "max_new_tokens": 1}
+    keys: dict[str, Any] = {"per_device_eval_batch_size": 1, "max_new_tokens": 1}
 
-    zo = {"estimator": "spsa", "num_directions": 1, "first_order_blocks": 1}
-
-    found = planned(base, [text] if is_trained else [question, text], zo=zo, **keys)
+    found = planned(base, [text] if is_trained else [question, text], zo=HYBRID, **keys)
 
     plan_of = partial(plan, base, batch_size=3, num_probes=1, seq_len=length, first_order_blocks=1)
     assert sum(found) == plan_of(answer_len=length).peak_bytes > plan_of(answer_len=1).peak_bytes
@@ -89,6 +88,6 @@ def test_the_larger_of_probes_and_backward_counts(
     backward = plan_of(num_probes=1, first_order_blocks=1).peak_bytes
     assert (backward > forward) is is_backward
 
-    zo = {"estimator": "spsa", "num_directions": num_directions, "first_order_blocks": 1}
+    zo = {**HYBRID, "num_directions": num_directions}
 
     assert sum(planned(base, [data], zo=zo)) == max(forward, backward)
