@@ -134,8 +134,11 @@ def plan(
     batch_size: Annotated[int, typer.Option(help="Examples of a step.")] = 16,
     seq_len: Annotated[int, typer.Option(help="Tokens of an example.")] = 512,
     answer_len: Annotated[
-        int, typer.Option(help="Those of its answer; where whole texts are learned, all.")
-    ] = 16,
+        int | None,
+        typer.Option(
+            help="Those of its answer, 16 if missing; where whole texts are learned, all."
+        ),
+    ] = None,
     memory: Annotated[str | None, typer.Option(help="What is there: 24GiB, 8GB.")] = None,
     coordinates: Annotated[
         str, typer.Option(help="row, column, rank_one, relative or absolute.")

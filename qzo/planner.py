@@ -90,7 +90,7 @@ def plan(
     *,
     batch_size: int = 16,
     seq_len: int = 512,
-    answer_len: int = 16,
+    answer_len: int | None = None,
     memory_bytes: int | None = None,
     coordinates: str = "row",
     num_probes: int = 2,
@@ -104,7 +104,7 @@ def plan(
         path: A folder with a config.json, or the file itself.
         batch_size: See ``Workload``, as for the other arguments named there.
         seq_len: See ``Workload``.
-        answer_len: See ``Workload``.
+        answer_len: See ``Workload``; 16, or ``seq_len`` if that is less, if None.
         memory_bytes: Memory that is there; decides the verdict.
         coordinates: See ``Workload``.
         num_probes: See ``Workload``.
@@ -116,8 +116,9 @@ def plan(
     Raises:
         ConfigError: An argument or the architecture cannot be used.
     """
+    scored = min(Workload.answer_len, seq_len) if answer_len is None else answer_len
     workload = Workload(
-        batch_size, seq_len, answer_len, coordinates, num_probes, dtype, first_order_blocks
+        batch_size, seq_len, scored, coordinates, num_probes, dtype, first_order_blocks
     )
     _check_workload(workload)
     config_path = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
@@ -136,6 +137,10 @@ def _check_workload(workload: Workload) -> None:
     for key in ("batch_size", "seq_len", "answer_len", "num_probes"):
         if getattr(workload, key) < 1:
             raise ConfigError(f"{key}: expected a number above 0, got {getattr(workload, key)}")
+    if workload.answer_len > workload.seq_len:
+        raise ConfigError(
+            f"answer_len: expected at most seq_len, {workload.seq_len}, got {workload.answer_len}"
+        )
     if workload.coordinates not in get_args(Coordinates):
         raise ConfigError(
             f"coordinates: expected one of {', '.join(get_args(Coordinates))}, got "

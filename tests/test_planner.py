@@ -446,6 +446,14 @@ def test_counts_must_be_above_zero(tmp_path: Path, key: str) -> None:
         plan(folder, **arguments)
 
 
+def test_an_answer_is_no_longer_than_its_text(tmp_path: Path) -> None:
+    folder = write_config(tmp_path, TOY, GPTQ)
+    assert plan(folder, seq_len=9).workload.answer_len == 9
+    assert plan(folder, seq_len=17).workload.answer_len == 16
+    with pytest.raises(ConfigError, match=r"^answer_len: expected at most seq_len, 9, got 10$"):
+        plan(folder, seq_len=9, answer_len=10)
+
+
 def test_unknown_coordinates_are_refused(tmp_path: Path) -> None:
     message = (
         r"^coordinates: expected one of absolute, relative, row, column, rank_one, got 'cell'$"
