@@ -31,14 +31,11 @@ class Grid:
         group_size: Input columns sharing one scale; -1 for all of them. The last group may be
             shorter.
         is_symmetric: All zero points are ``2 ** (bits - 1)``.
-        num_clips: How many smaller ranges are tried for each group, down to half, in search of the
-            least squared error of its weights; 0 takes the full range.
     """
 
     bits: int
     group_size: int
     is_symmetric: bool = True
-    num_clips: int = 0
 
     @property
     def max_code(self) -> int:
@@ -135,19 +132,11 @@ def fit_scales(
     if grid.is_symmetric:
         highest = torch.maximum(-lowest, highest)
         lowest = -highest
-    best = _scales_of_range(lowest, highest, grid)
-    best_error = _squared_error(members, best, grid)
-    for step in range(1, grid.num_clips + 1):
-        part = 1 - 0.5 * step / grid.num_clips
-        tried = _scales_of_range(lowest * part, highest * part, grid)
-        error = _squared_error(members, tried, grid)
-        is_better = error < best_error
-        best_error = torch.where(is_better, error, best_error)
-        best = (
-            torch.where(is_better, tried[0], best[0]),
-            torch.where(is_better, tried[1], best[1]),
-        )
-    return best
+    scales = ((highest - lowest) / grid.max_code).to(torch.float16).to(lowest.dtype)
+    scales.clamp_(min=_FP16_TINY)  # never zero, also for a group of zeros
+    if grid.is_symmetric:
+        return scales, torch.full_like(scales, 2 ** (grid.bits - 1))
+    return scales, (-lowest / scales).round_().clamp_(0, grid.max_code)
 
 
 def nearest(
@@ -159,22 +148,3 @@ def nearest(
     """Return the nearest codes, as floats, and the weights that they stand for."""
     codes = (values / scales).round_().add_(zeros).clamp_(0, grid.max_code)
     return codes, scales * (codes - zeros)
-
-
-def _scales_of_range(
-    lowest: Float[Tensor, " out"], highest: Float[Tensor, " out"], grid: Grid
-) -> tuple[Float[Tensor, " out"], Float[Tensor, " out"]]:
-    scales = ((highest - lowest) / grid.max_code).to(torch.float16).to(lowest.dtype)
-    scales.clamp_(min=_FP16_TINY)  # never zero, also for a group of zeros
-    if grid.is_symmetric:
-        return scales, torch.full_like(scales, 2 ** (grid.bits - 1))
-    return scales, (-lowest / scales).round_().clamp_(0, grid.max_code)
-
-
-def _squared_error(
-    members: Float[Tensor, "columns out"],
-    fitted: tuple[Float[Tensor, " out"], Float[Tensor, " out"]],
-    grid: Grid,
-) -> Float[Tensor, " out"]:
-    _, rounded = nearest(members, *fitted, grid)
-    return (members - rounded).square_().sum(dim=0)

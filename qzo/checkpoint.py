@@ -127,6 +127,11 @@ def quantization_config(folder: Path, config: Mapping[str, Any]) -> dict[str, An
     return read_json(beside) if beside.is_file() else None
 
 
+def dtype_name(config: Mapping[str, Any]) -> str:
+    """Return the dtype of a config.json; transformers called it ``torch_dtype`` before 5."""
+    return str(config.get("dtype") or config.get("torch_dtype") or "float16")
+
+
 def local_folder(source: str | Path) -> Path:
     """Return the folder of a checkpoint, downloading it if it is a hub id.
 

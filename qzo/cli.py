@@ -2,8 +2,6 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -14,7 +12,16 @@ from rich.table import Table
 from quantizers.errors import FormatError
 from qzo.bench.commands import app as bench
 from qzo.errors import ConfigError, QZOError
-from qzo.terminal import AsJSON, console, show, show_training, stderr_console, stdout_for
+from qzo.terminal import (
+    AsJSON,
+    console,
+    progress_bar,
+    show,
+    show_plan,
+    show_training,
+    stderr_console,
+    stdout_for,
+)
 
 app = typer.Typer(
     name="qzo",
@@ -70,7 +77,7 @@ def quantize(
     format: Annotated[str, typer.Option(help="gptq, nf4 or fp4.")] = "gptq",
     bits: Annotated[int, typer.Option(help="GPTQ: 2, 3, 4 or 8.")] = 4,
     group_size: Annotated[
-        int | None, typer.Option(help="Inputs that share a scale; GPTQ 128, NF4 64; -1 for all.")
+        int | None, typer.Option(help="Inputs that share a scale, -1 for all; fitting if missing.")
     ] = None,
     method: Annotated[str, typer.Option(help="gptq, or rtn for plain rounding.")] = "gptq",
     sym: Annotated[bool, typer.Option("--sym/--asym", help="GPTQ zero points.")] = True,
@@ -81,11 +88,14 @@ def quantize(
     ] = None,
     num_samples: Annotated[int, typer.Option(help="Calibration samples.")] = 32,
     seq_len: Annotated[int, typer.Option(help="Tokens of a sample.")] = 256,
+    damp_percent: Annotated[float, typer.Option(help="GPTQ: added to the Hessian.")] = 0.01,
+    device: Annotated[str, typer.Option(help="Where blocks are computed: cpu or cuda.")] = "cpu",
     as_json: AsJSON = False,
 ) -> None:
     """Write a standard 4-bit checkpoint of a float model."""
     from qzo.quantize import quantize as run
     from qzo.quantize_settings import QuantizeSettings
+    from qzo.run import device_of
 
     settings = QuantizeSettings(
         format=format,
@@ -95,25 +105,14 @@ def quantize(
         is_symmetric=sym,
         act_order=act_order,
         double_quant=double_quant,
-        num_calibration_samples=num_samples,
+        num_samples=num_samples,
         seq_len=seq_len,
+        damp_percent=damp_percent,
+        device=str(device_of(device)),
     )
-    with stdout_for(as_json) as print_json, _quantize_progress() as progress:
+    with stdout_for(as_json) as print_json, progress_bar("quantizing") as progress:
         summary = run(model, out, settings, calibration=calibration, progress=progress)
         show(summary, as_json, print_json)
-
-
-@contextmanager
-def _quantize_progress() -> Iterator[Callable[[int, int, str], None]]:
-    from rich.progress import Progress
-
-    with Progress(console=_stderr, transient=True, disable=not _stderr.is_terminal) as bar:
-        task = bar.add_task("quantizing", total=None)
-
-        def progress(done: int, total: int, name: str) -> None:
-            bar.update(task, completed=done, total=total, description=name)
-
-        yield progress
 
 
 @app.command()
@@ -140,6 +139,11 @@ def plan(
         ),
     ] = None,
     memory: Annotated[str | None, typer.Option(help="What is there: 24GiB, 8GB.")] = None,
+    format: Annotated[
+        str | None, typer.Option(help="Of a float model, as it is to be: gptq, nf4 or fp4.")
+    ] = None,
+    bits: Annotated[int | None, typer.Option(help="Likewise; 4 if missing.")] = None,
+    group_size: Annotated[int | None, typer.Option(help="Likewise; GPTQ 128, NF4 64.")] = None,
     coordinates: Annotated[
         str, typer.Option(help="row, column, rank_one, relative or absolute.")
     ] = "row",
@@ -155,13 +159,17 @@ def plan(
     as_json: AsJSON = False,
 ) -> None:
     """Tell what a training step needs, part by part; needs no weights and no device."""
+    from qzo.footprint import assumed_quantization
     from qzo.memory import parse_memory
     from qzo.planner import plan as run
     from qzo.probes import stacked_probes
 
+    chosen = (format or "gptq", bits, group_size)
+    is_assumed = format is not None or bits is not None or group_size is not None
     with stdout_for(as_json) as print_json:
         result = run(
             checkpoint,
+            assumed=assumed_quantization(*chosen) if is_assumed else None,
             batch_size=batch_size,
             seq_len=seq_len,
             answer_len=answer_len,
@@ -174,18 +182,7 @@ def plan(
         if as_json:
             print_json(result.to_dict())
             return
-    table = Table("part", "MiB", "how")
-    for part in result.parts:
-        table.add_row(part.name, f"{part.bytes / 2**20:,.1f}", part.formula)
-    table.add_row(
-        "peak", f"{result.peak_bytes / 2**20:,.1f}", f"{result.peak_bytes / 2**30:.2f} GiB"
-    )
-    out = console()
-    out.print(table)
-    for note in result.notes:
-        out.print(f"- {note}")
-    if result.verdict is not None:
-        out.print(f"fits in {memory}: {result.verdict}")
+    show_plan(result, memory)
 
 
 @app.command()
@@ -235,7 +232,7 @@ def train(
         if as_json:
             print_json(result.to_dict())
             return
-    show_training(config.output_dir, result)
+    show_training(config, result)
 
 
 @app.command("eval")
@@ -278,7 +275,15 @@ def evaluate(
             is_prompted=prompt == "template",
         )
         live = quant_linears(model)[0].live
-        result = run(model, live, examples, batch_size=batch_size, tokenizer=tokenizer)
+        with progress_bar("evaluating") as progress:
+            result = run(
+                model,
+                live,
+                examples,
+                batch_size=batch_size,
+                tokenizer=tokenizer,
+                progress=progress,
+            )
         show(result.to_dict(), as_json, print_json)
 
 

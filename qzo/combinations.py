@@ -107,8 +107,8 @@ def _check_exact(values: Recipe) -> None:
     if values.memory_limit is not None and (is_forward or zo.has_first_order):
         raise ConfigError(
             "memory_limit: expected none with exact derivatives, which need more memory than "
-            f"forward passes, got {values.memory_limit!r}; leave it out, or choose "
-            "zo.first_order_blocks: 0 and another zo.estimator"
+            f"forward passes, got {values.memory_limit!r}; leave it out, or choose another "
+            "zo.estimator and no first-order blocks"
         )
     if zo.first_order_layers == "profile" and zo.first_order_blocks:
         raise ConfigError(
@@ -150,10 +150,15 @@ def _check_depth(zo: ZOConfig) -> None:
 def _check_tuned(zo: ZOConfig) -> None:
     if zo.tuned == "scales":
         return
-    for key in ("unquantized", "modules"):
+    for key in ("unquantized", "modules", "stretch"):
         hint = "; use zo.lora_modules" if (zo.tuned, key) == ("lora", "modules") else ""
         if getattr(zo, key):
             raise ConfigError(
                 f"zo.{key}: expected none with zo.tuned {zo.tuned!r}, got {getattr(zo, key)}; "
                 f"it goes with 'scales'{hint}"
             )
+    if zo.layer_scaling != "none":
+        raise ConfigError(
+            f"zo.layer_scaling: expected 'none' with zo.tuned {zo.tuned!r}, got "
+            f"{zo.layer_scaling!r}; it goes with 'scales'"
+        )

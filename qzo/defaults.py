@@ -3,8 +3,10 @@
 - ``paper``: QZO as published (arXiv 2505.13430, section 4.1).
 - ``default``: multipliers on the rows of values and attention outputs behind the first third of the
   blocks; for every two examples eight directions of their own, each loss against the others. What
-  a recipe names itself is left alone: with another ``zo.estimator`` the estimator's part of this
-  does not apply, with other coordinates, blocks or modules the layers' part does not.
+  a recipe names itself is left alone, be it with the value it would have had: where
+  ``zo.estimator`` is named, the estimator's part of this does not apply; where coordinates, blocks,
+  modules or ``tuned`` are, the layers' part does not, and all layers are trained unless it says
+  which ones.
 """
 
 from collections.abc import Mapping

@@ -123,6 +123,7 @@ def check_exact(model: PreTrainedModel, config: Recipe, ranks: Ranks) -> None:
     is_exact = zo.has_first_order or zo.estimator == "forward_gradient"
     if is_exact and getattr(model, "qzo_budget", None) is not None:
         raise ConfigError(
-            "memory: expected a model that fits with exact derivatives, got one that streams its "
-            "blocks; choose zo.first_order_blocks: 0 and another zo.estimator, or a smaller model"
+            "model: expected one that fits into memory with exact derivatives, got one that "
+            "streams its blocks; choose another zo.estimator and no first-order blocks, or a "
+            "smaller model"
         )

@@ -87,7 +87,9 @@ class Law:
         self.low_rank = _low_rank(direction, settings.rank, shapes)
         self._mask: Bool[Tensor, " size"] | None = None
         if settings.sparsity is not None and settings.mask == "magnitude":
-            self._mask = magnitude_mask(file_scales, settings.sparsity)
+            mask = magnitude_mask(file_scales, settings.sparsity)
+            sections = mask.new_ones((parts[-1].stop if parts else 0) - len(mask))
+            self._mask = torch.cat([mask, sections])  # sections have no magnitude in the file
 
     def draw(
         self,

@@ -45,7 +45,7 @@ def factors_of(names: Sequence[str], factors: Mapping[str, float]) -> list[float
 
 
 def gradient_norms(scales: Scales, losses: Losses, epsilon: float, seed: int) -> list[float]:
-    """Return ``|L+ - L-| / (2 epsilon)`` of every layer, with the other layers at rest.
+    """Return ``|L+ - L-| / (2 epsilon)`` of every layer, with all else at rest.
 
     Args:
         scales: At the start; they are stretched meanwhile.
@@ -57,7 +57,7 @@ def gradient_norms(scales: Scales, losses: Losses, epsilon: float, seed: int) ->
     stretch = scales.directions.stretch
     for layer, _ in enumerate(scales.names):
         scales.directions.stretch = scales.by_layer(
-            [float(i == layer) for i in range(len(scales.names))]
+            [float(i == layer) for i in range(len(scales.names))], on_sections=0.0
         )
         z = layer_seed(seed, layer)
         plus, minus = losses([Probe(z, epsilon), Probe(z, -epsilon)])

@@ -68,6 +68,7 @@ class Live:
         bounds: Tokens of probe ``p`` are ``bounds[p]`` to ``bounds[p + 1]``; None: one probe.
         attention: Which tokens see which, or None: the rows of the batch as they are.
         forked: The decoder blocks whose tokens are repeated once per probe; see ``stack``.
+        trained: Those of them that the recipe trains: all, or all but the last ones.
         sections: Gives what is trained besides scales by its place: a set of values per probe.
         trained_prefixes: Number of the section with the keys of an attention layer; that with its
             values follows.
@@ -79,6 +80,7 @@ class Live:
     bounds: Sequence[int] | None = None
     attention: PackedRows | None = None
     forked: Sequence[nn.Module] = ()
+    trained: Sequence[nn.Module] = ()
     buffers: dict[str, Tensor] = field(default_factory=dict)
     sections: Callable[[int], Float[Tensor, "probes ..."]] | None = None
     trained_prefixes: dict[nn.Module, int] = field(default_factory=dict)

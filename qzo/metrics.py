@@ -21,7 +21,7 @@ class Window:
     """Averages since the last line.
 
     Attributes:
-        losses: Mean probe loss of each step.
+        losses: At the probes of all steps.
         slopes: Size of each derivative before the clip.
         clipped: Whether it was clipped.
     """

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from quantizers.errors import FormatError
-from qzo.checkpoint import Checkpoint, natural_order, open_checkpoint
+from qzo.checkpoint import Checkpoint, dtype_name, natural_order, open_checkpoint
 from qzo.errors import CheckpointError, ConfigError
 from qzo.files import read_json
 from qzo.linear import Live, QuantLinear
@@ -157,8 +157,9 @@ def trained_layers(
     first, stop = trained_blocks(len(blocks), num_blocks, depth)
     for layer in layers:
         layer.index = -1
-    layers[0].live.forked = blocks[first:]
-    inside = {part for block in blocks[first:stop] for part in block.modules()}
+    live = layers[0].live
+    live.forked, live.trained = blocks[first:], blocks[first:stop]
+    inside = {part for block in live.trained for part in block.modules()}
     head = model.get_output_embeddings() if stop == len(blocks) else None
     chosen = [
         layer
@@ -213,8 +214,7 @@ def _skeleton(folder: Path) -> PreTrainedModel:
 
 
 def _config_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    name = checkpoint.config.get("dtype", checkpoint.config.get("torch_dtype", "float16"))
-    return cast(torch.dtype, getattr(torch, str(name)))
+    return cast(torch.dtype, getattr(torch, dtype_name(checkpoint.config)))
 
 
 def _module_keys(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:

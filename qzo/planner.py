@@ -14,7 +14,7 @@ from typing import Any, get_args
 from transformers import PreTrainedModel
 
 from qzo.blocks import find_blocks
-from qzo.checkpoint import quantization_config
+from qzo.checkpoint import dtype_name, quantization_config
 from qzo.coordinates import BY_FACTORS, Coordinates, crossing_message
 from qzo.errors import ConfigError
 from qzo.files import read_json
@@ -253,7 +253,7 @@ def _checkpoint_bytes(
 
 
 def _stored_dtype(config: dict[str, Any]) -> str:
-    dtype = str(config.get("dtype") or config.get("torch_dtype") or "float16")
+    dtype = dtype_name(config)
     return dtype if dtype in DTYPES else "float16"
 
 

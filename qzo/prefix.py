@@ -33,7 +33,7 @@ _VALUES_MAX = 2**22  # the header of a journal holds the start: 11 MB of text
 def prefix_sections(
     model: PreTrainedModel, live: Live, num_tokens: int, run_seed: int
 ) -> dict[Section, nn.Module]:
-    """Return two sections for every attention layer behind the fork: its keys and its values.
+    """Return two sections for every attention layer that is trained: its keys and its values.
 
     Raises:
         ConfigError: The model's attention is not known, or its prefix is too large.
@@ -43,11 +43,11 @@ def prefix_sections(
             f"zo.tuned: expected 'scales' or 'lora' for {type(model).__name__}, whose attention "
             "takes no prefix, got 'prefix'"
         )
-    behind = {part for block in live.forked for part in block.modules()}
+    trained = {part for block in live.trained for part in block.modules()}
     names = {module: name for name, module in model.named_modules()}
     found: dict[Section, nn.Module] = {}
     for module, states in _activations(model, live, num_tokens, run_seed).items():
-        if module in behind:
+        if module in trained:
             for role, state in zip(("key", "value"), states, strict=True):
                 data = base64.b64encode(state.half().cpu().numpy().tobytes()).decode("ascii")
                 name, shape = f"{names[module]}.prefix_{role}", tuple(state.shape)

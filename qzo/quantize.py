@@ -196,7 +196,7 @@ def _calibration_tokens(
         return None
     config = source.model.config.get_text_config()
     seq_len = min(settings.seq_len, getattr(config, "max_position_embeddings", settings.seq_len))
-    num_samples = settings.num_calibration_samples
+    num_samples = settings.num_samples
     if calibration is None:
         return samples_of_model(
             source.model, num_samples=num_samples, seq_len=seq_len, seed=settings.seed

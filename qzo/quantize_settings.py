@@ -33,11 +33,10 @@ class QuantizeSettings:
         is_symmetric: One zero point for all groups (gptq).
         act_order: Quantize the inputs with the largest activations first (gptq).
         method: ``gptq``, or ``rtn`` to round to nearest without calibration (gptq format).
-        num_calibration_samples: Token sequences to calibrate on.
+        num_samples: Token sequences to calibrate on.
         seq_len: Tokens of each; fewer if the model or the text has fewer.
         double_quant: Store scales in 8 bits (bitsandbytes). Training un-nests them.
         damp_percent: Part of the mean of the Hessian's diagonal that is added to it (gptq).
-        num_clips: Smaller ranges tried for each group (gptq); see ``Grid``.
         seed: Of the samples drawn from the model where no text is given.
         device: Where blocks are computed, one at a time; the model itself stays in CPU memory.
     """
@@ -48,11 +47,10 @@ class QuantizeSettings:
     is_symmetric: bool = True
     act_order: bool = False
     method: str = "gptq"
-    num_calibration_samples: int = 32
+    num_samples: int = 32
     seq_len: int = 256
     double_quant: bool = False
     damp_percent: float = 0.01
-    num_clips: int = 0
     seed: int = 0
     device: str = "cpu"
 
@@ -62,7 +60,7 @@ class QuantizeSettings:
         widths = packing.BITS if self.format == "gptq" else (4,)
         _expect("bits", self.bits, self.bits in widths, f"one of {widths} for {self.format}")
         self._check_group_size()
-        for name in ("num_calibration_samples", "seq_len"):
+        for name in ("num_samples", "seq_len"):
             _expect(name, getattr(self, name), getattr(self, name) > 1, "a number above 1")
         _expect("damp_percent", self.damp_percent, self.damp_percent > 0, "a number above 0")
         _expect("device", self.device, _is_device(self.device), "a device of torch")
@@ -89,7 +87,7 @@ class QuantizeSettings:
     def grid(self) -> Grid:
         """Return the grid of a GPTQ layer; the group size must be decided."""
         assert self.group_size is not None
-        return Grid(self.bits, self.group_size, self.is_symmetric, self.num_clips)
+        return Grid(self.bits, self.group_size, self.is_symmetric)
 
 
 def gptq_config(settings: QuantizeSettings) -> dict[str, Any]:

@@ -56,7 +56,7 @@ class Scales:
         directions: Along which probes and steps move it.
 
     Raises:
-        ConfigError: Row coordinates on a layer whose blocks cross rows.
+        ConfigError: The law cannot be drawn for this vector.
     """
 
     def __init__(
@@ -249,9 +249,11 @@ class Scales:
         """Return the bounds of the values of some layers."""
         return [(self._bounds[layer], self._bounds[layer + 1]) for layer in layers]
 
-    def by_layer(self, numbers: Sequence[float]) -> Float[Tensor, " size"]:
-        """Return a vector that has one number on every layer, and 1 elsewhere."""
-        result = torch.ones_like(self.values)
+    def by_layer(
+        self, numbers: Sequence[float], on_sections: float = 1.0
+    ) -> Float[Tensor, " size"]:
+        """Return a vector that has one number on every layer, and another one on all sections."""
+        result = torch.full_like(self.values, on_sections)
         for number, (start, stop) in zip(numbers, pairwise(self._bounds), strict=False):
             result[start:stop] = number
         return result

@@ -1,7 +1,8 @@
 """Directions as probes and steps use them: drawn by their law, then shaped.
 
 In this order: ``z`` of the law; the tilt of the optimizer; zeros in the parts that stay still; the
-factors of sections; the stretch of layers and that of the optimizer.
+factors of sections; the stretch of layers and that of the optimizer. A step is a sum of ``z``
+before the last three, which then shape it in the same way.
 """
 
 from collections.abc import Sequence
@@ -64,7 +65,7 @@ class ShapedDirections:
         self, keys: Sequence[Probe] | Sequence[DirectionalDerivative], start: int, stop: int
     ) -> Float[Tensor, "keys length"]:
         """Return elements of one direction per key, as probes move along it."""
-        z = self.unstretched(keys, start, stop)
+        z = self._with_factors(self.unstretched(keys, start, stop), start, stop)
         for factor in (self.stretch, self.optimizer_stretch):
             z = z if factor is None else z * factor[start:stop]
         return z
@@ -72,16 +73,11 @@ class ShapedDirections:
     def unstretched(
         self, keys: Sequence[Probe] | Sequence[DirectionalDerivative], start: int, stop: int
     ) -> Float[Tensor, "keys length"]:
-        """Return elements of one direction per key, before they are stretched."""
+        """Return elements of one direction per key, before factors and stretches."""
         z = self.law.draw(keys, start, stop, self._device)
         if self.tilt is not None:
             z = z * self.tilt.across + self.tilt.axis[start:stop] * self.tilt.along
-        for first, last in self.still:
-            z[:, max(first - start, 0) : max(min(last, stop) - start, 0)] = 0
-        for first, last, factor in self.factors:
-            if factor != 1 and first < stop and start < last:
-                z[:, max(first - start, 0) : last - start] *= factor
-        return z
+        return self._with_rest(z, start, stop)
 
     def mean_slope(
         self, derivatives: Sequence[DirectionalDerivative], start: int, stop: int
@@ -89,13 +85,35 @@ class ShapedDirections:
         """Return elements of the gradient estimate ``mean_i d_i z_i`` (QZO, eq. 4)."""
         weights = [derivative.value / len(derivatives) for derivative in derivatives]
         slope = combine(self.unstretched(derivatives, start, stop), weights)
-        slope = self.stretched_for_step(slope, start, stop)
+        slope = self.shaped_step(slope, start, stop)
         factor = self.optimizer_stretch
         return slope if factor is None else slope * factor[start:stop]
 
-    def stretched_for_step(
+    def shaped_step(
         self, slope: Float[Tensor, " length"], start: int, stop: int
     ) -> Float[Tensor, " length"]:
-        """Multiply a part of a step by its stretch; that of the optimizer is not in it."""
+        """Shape a sum of directions as those of probes; the optimizer's stretch is not in it.
+
+        Args:
+            slope: May be modified.
+            start: Of the window.
+            stop: Behind its end.
+        """
+        slope = self._with_factors(self._with_rest(slope, start, stop), start, stop)
         factor = self.stretch if self.update_stretch is None else self.update_stretch
         return slope if factor is None else slope * factor[start:stop]
+
+    def _with_rest(
+        self, z: Float[Tensor, "*keys length"], start: int, stop: int
+    ) -> Float[Tensor, "*keys length"]:
+        for first, last in self.still:
+            z[..., max(first - start, 0) : max(min(last, stop) - start, 0)] = 0
+        return z
+
+    def _with_factors(
+        self, z: Float[Tensor, "*keys length"], start: int, stop: int
+    ) -> Float[Tensor, "*keys length"]:
+        for first, last, factor in self.factors:
+            if factor != 1 and first < stop and start < last:
+                z[..., max(first - start, 0) : last - start] *= factor
+        return z

@@ -12,7 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from qzo.config import Recipe
     from qzo.evaluate import Evaluation
+    from qzo.planner import Plan
     from qzo.result import Result
 
 AsJSON = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
@@ -55,9 +57,9 @@ def show(value: dict[str, Any], as_json: bool, print_json: PrintJSON) -> None:
     console().print(table)
 
 
-def show_training(output_dir: str, result: "Result") -> None:
+def show_training(config: "Recipe", result: "Result") -> None:
     """Print what a training run ended with, and what to do next."""
-    out = console()
+    out, folder, is_scales = console(), config.output_dir, config.zo.tuned == "scales"
     evaluations = {"before": result.before, "after": result.after}
     done = {name: e for name, e in evaluations.items() if e is not None}
     written = [k for k in _WRITTEN if any(getattr(e, k) is not None for e in done.values())]
@@ -66,13 +68,53 @@ def show_training(output_dir: str, result: "Result") -> None:
         table.add_row(name, *_evaluation_cells(evaluation, (*_CHOSEN, *written)))
     if table.row_count:
         out.print(table)
+    changed = f"; {result.changed_fraction:.1%} of the scales differ from the base"
     out.print(
-        f"{result.steps} steps in {result.seconds:.0f} s; kept step {result.best_step}; "
-        f"{result.changed_fraction:.1%} of the scales differ from the base"
+        f"{result.steps} steps in {result.seconds:.0f} s; kept step {result.best_step}"
+        f"{changed if is_scales else ''}"
     )
     for warning in result.warnings:
         out.print(f"warning: {warning}", soft_wrap=True)
-    out.print(f"next: qzo export {output_dir} --out NEW_FOLDER")
+    following = f"export {folder} --out NEW_FOLDER"
+    if not is_scales:  # LoRA and prefixes do not fold into codes
+        following = f"eval {config.model} --adapter {folder}"
+    out.print(f"next: qzo {following}", soft_wrap=True)
+
+
+def show_plan(plan: "Plan", memory: str | None) -> None:
+    """Print the table of a plan, its notes, and whether it fits into so much memory."""
+    table = Table("part", "MiB", "how")
+    for part in plan.parts:
+        table.add_row(part.name, f"{part.bytes / 2**20:,.1f}", part.formula)
+    table.add_row("peak", f"{plan.peak_bytes / 2**20:,.1f}", f"{plan.peak_bytes / 2**30:.2f} GiB")
+    out = console()
+    out.print(table)
+    for note in plan.notes:
+        out.print(f"- {note}")
+    if plan.verdict is not None:
+        out.print(f"fits in {memory}: {plan.verdict}")
+
+
+@contextmanager
+def progress_bar(what: str) -> Iterator[Callable[..., None]]:
+    """Show a bar on stderr, if that is a terminal, while the block runs.
+
+    Args:
+        what: Is being done.
+
+    Yields:
+        Takes how much is done, of how much, and what is at work now if that is worth a word.
+    """
+    from rich.progress import Progress
+
+    stderr = stderr_console()
+    with Progress(console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
+        task = bar.add_task(what, total=None)
+
+        def progress(done: int, total: int, name: str = what) -> None:
+            bar.update(task, completed=done, total=total, description=name)
+
+        yield progress
 
 
 def _evaluation_cells(evaluation: "Evaluation", keys: Sequence[str]) -> list[str]:

@@ -31,7 +31,7 @@ def unquantized_sections(
     """Return the sections of a model's unquantized tensors, and the module of each.
 
     Args:
-        model: Its fork is in place; what lies in front of it is not trained.
+        model: What is trained of it has been chosen.
         layers: Those whose scales are trained; their biases are.
         kinds: Some of ``norms``, ``biases`` and ``head``.
         factor: Of all these sections.
@@ -47,11 +47,12 @@ def unquantized_sections(
 
 
 def _norm_sections(model: PreTrainedModel, live: Live, factor: float) -> dict[Section, nn.Module]:
-    behind = {part for block in live.forked for part in block.modules()}
+    trained = {part for block in live.trained for part in block.modules()}
     inside = {part for block in decoder_blocks(model) for part in block.modules()}
     norms = {name: module for name, module in model.named_modules() if _is_norm(module)}
-    outside = [module for module in norms.values() if module not in inside]
-    behind |= set(outside) - _in_front(model, outside)
+    if len(live.trained) == len(live.forked):  # up to the last block, so what follows it is too
+        outside = [module for module in norms.values() if module not in inside]
+        trained |= set(outside) - _in_front(model, outside)
     return {
         Section(
             stored_key(model, f"{name}.weight"),
@@ -61,7 +62,7 @@ def _norm_sections(model: PreTrainedModel, live: Live, factor: float) -> dict[Se
             offset=_offset(name, norm),
         ): norm
         for name, norm in norms.items()
-        if norm in behind
+        if norm in trained
     }
 
 

@@ -390,15 +390,6 @@ def test_directions_for_the_whole_batch_are_as_many_as_asked_for(base: Path) -> 
     assert settings.num_probes == 6
 
 
-@pytest.mark.skipif(
-    "memory_limit" in recipe({"model": "m", "output_dir": "o"}).model_dump(),
-    reason="the recipe has the key",
-)
-def test_a_memory_limit_is_refused_where_the_recipe_has_none(base: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"^memory_limit: expected none, this version"):
-        RunSettings(str(base), memory_limit="1GiB").recipe(tmp_path)
-
-
 def fake_run(settings: RunSettings) -> RunResult:
     """A run that cost what is easy to recognise."""
     assert settings.seq_len

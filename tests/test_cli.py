@@ -242,6 +242,32 @@ def test_train_prints_a_warning_where_the_file_cannot_hold_the_updates(
     ) in ran.out
 
 
+def test_train_says_what_comes_next(qzo: Run, place: Place, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "r.yaml", place.base, place.data, tmp_path / "run")
+    scales = qzo("train", recipe).out.splitlines()[-1]
+    lora = qzo("train", recipe, f"output_dir={tmp_path}/lora", "zo={tuned: lora}").out
+
+    assert scales == f"next: qzo export {tmp_path}/run --out NEW_FOLDER"
+    assert lora.splitlines()[-1] == f"next: qzo eval {place.base} --adapter {tmp_path}/lora"
+    assert "of the scales" not in lora
+
+
+def test_plan_takes_a_float_model_as_it_is_to_be(qzo: Run, place: Place, tmp_path: Path) -> None:
+    config = json.loads((place.base / "config.json").read_text())
+    del config["quantization_config"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    options = ("plan", tmp_path, "--seq-len", "8", "--json")
+
+    ran = qzo(*options, "--format", "nf4", "--coordinates", "relative")
+    assert ran.code == 0, ran.err
+    found = ran.value["quantization"]
+    assert (found["format"], found["bits"], found["group_size"]) == ("nf4", 4, 64)
+    found = qzo(*options, "--bits", "3").value["quantization"]
+    assert (found["format"], found["bits"], found["group_size"]) == ("gptq", 3, 128)
+    refused = qzo("plan", place.base, "--group-size", "32")
+    assert "expected none of them for a checkpoint that is quantized already" in refused.err
+
+
 def test_train_shows_progress_on_stderr(qzo: Run, place: Place, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path / "r.yaml", place.base, place.data, tmp_path / "run")
 

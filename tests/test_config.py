@@ -279,6 +279,11 @@ def test_a_recipe_needs_no_data_where_the_trainer_is_given_examples() -> None:
         ({"zo": {"optimizer": "conservative", "estimator": "spsa", "layer_scaling": "grad_norm"}},
             "zo.layer_scaling: expected 'none' with the optimizer 'conservative', whose steps go "
             "where probes went, got 'grad_norm'"),
+        ({"zo": {"tuned": "prefix", "layer_scaling": "param_norm"}},
+            "zo.layer_scaling: expected 'none' with zo.tuned 'prefix', got 'param_norm'; it goes "
+            "with 'scales'"),
+        ({"zo": {"tuned": "lora", "stretch": {"k_proj": 2.0}}}, "zo.stretch: expected none with "
+            "zo.tuned 'lora', got {'k_proj': 2.0}; it goes with 'scales'"),
         ({"zo": {"stretch": {"k_proj": 0}}}, "zo.stretch: expected a number greater than 0, got 0"),
         ({"zo": {"stretch": {"k_proj": True}}}, "zo.stretch: expected a number, got True"),
     ],

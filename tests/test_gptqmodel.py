@@ -70,7 +70,7 @@ class Case:
 
     def settings(self) -> QuantizeSettings:
         """Return the settings of `qzo quantize`."""
-        small = {"num_calibration_samples": 4, "seq_len": 32}
+        small = {"num_samples": 4, "seq_len": 32}
         return QuantizeSettings(format="gptq", **{"group_size": 64, **small, **self.options})
 
 

@@ -417,7 +417,7 @@ def test_gradients_have_no_compact_form(tmp_path: Path, straight: dict[str, Path
             {"first_order_blocks": 1},
             {"memory_limit": "4GiB"},
             "memory_limit: expected none with exact derivatives, which need more memory than "
-            "forward passes, got '4GiB'; leave it out, or choose zo.first_order_blocks: 0 and "
+            "forward passes, got '4GiB'; leave it out, or choose another "
             "another zo.estimator",
         ),
         (
@@ -478,8 +478,8 @@ def test_streaming_blocks_are_refused(
     monkeypatch.setattr(trainer.model, "qzo_budget", object())
     with refusal(
         ConfigError,
-        "memory: expected a model that fits with exact derivatives, got one that streams its "
-        "blocks; choose zo.first_order_blocks: 0 and another zo.estimator, or a smaller model",
+        "model: expected one that fits into memory with exact derivatives, got one that streams "
+        "its blocks; choose another zo.estimator and no first-order blocks, or a smaller model",
     ):
         Trainer(trainer.model, trainer.config, RECORDS)
 

@@ -1,4 +1,5 @@
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,17 @@ from qzo.layer_scaling import (
 )
 from qzo.probes import DirectionalDerivative, Probe, layer_seed
 from qzo.scales import Scales
+from qzo.sections import Section
 
 NAMES = ["layers.0.q_proj", "layers.0.k_proj", "layers.1.k_proj"]
 SHAPES = ((5, 3), (4, 1), (7, 2))
 BOUNDS = ((0, 15), (15, 19), (19, 33))
 
 
-def new_scales() -> Scales:
+def new_scales(sections: Sequence[Section] = ()) -> Scales:
     generator = torch.Generator().manual_seed(0)
     stored = [torch.rand(shape, generator=generator) + 0.1 for shape in SHAPES]
-    return Scales(NAMES, stored, coordinates="relative", direction="gaussian")
+    return Scales(NAMES, stored, coordinates="relative", direction="gaussian", sections=sections)
 
 
 def gradient() -> torch.Tensor:
@@ -84,8 +86,9 @@ def test_the_size_by_param_norm_is_that_of_the_scales_in_the_file() -> None:
     assert scales.file_norms() == pytest.approx(want, rel=1e-12)
 
 
-def test_the_size_by_grad_norm_is_measured_with_the_other_layers_at_rest() -> None:
-    scales, slope = new_scales(), gradient().double()
+def test_the_size_by_grad_norm_is_measured_with_all_else_at_rest() -> None:
+    scales = new_scales([Section("norm.weight", "norm", (5,))])
+    slope = torch.cat([gradient(), torch.full((5,), 7.0)]).double()
     seen = []
 
     def losses(probes: list[Probe]) -> list[float]:

@@ -239,3 +239,26 @@ def test_conmezo_at_a_right_angle_draws_plain_directions() -> None:
 
     got = scales.directions.draw([DirectionalDerivative(1, 0.0, 0.0)], 0, SIZE)
     torch.testing.assert_close(got, directions("gaussian", [1], 0, SIZE), rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["sgd", "momentum", "hizoo", "conmezo"])
+def test_a_factor_of_a_part_is_a_change_of_its_units(name: str) -> None:
+    settings = {"hizoo_alpha": 0.1} if name == "hizoo" else {}
+    results = []
+    for factor in (1.0, 0.5):  # a larger one would end below 0
+        scales, unit = new_scales(), np.ones(SIZE)
+        scales.directions.factors, unit[20:45] = [(20, 45, factor)], factor
+        optimizer = make_optimizer(name, settings)
+        estimator = SPSA(EPSILON, SEED, num_directions=2, measures_curvature=name == "hizoo")
+        for step in range(STEPS):
+            optimizer.aim(scales)
+            probes = estimator.ask(step)
+            z = scales.directions.draw(probes, 0, SIZE).double().numpy()
+            at = scales.values.double().numpy()
+            places = [at + p.offset * row for p, row in zip(probes, z, strict=True)]
+            losses = [loss_at(1 + (place - 1) / unit) for place in places]
+            optimizer.step(scales, estimator.tell(probes, losses), RATE)
+        results.append((scales.values.double().numpy() - 1) / unit)
+
+    assert np.abs(results[0][20:45]).max() > 0.01
+    np.testing.assert_allclose(results[1], results[0], rtol=0, atol=1e-4)  # fp32 losses of 1e2

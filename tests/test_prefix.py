@@ -100,12 +100,15 @@ def test_a_prefix_starts_as_random_tokens_in_front_of_the_text(tmp_path: Path) -
     assert torch.allclose(got, want, atol=5e-3)  # the start is rounded to fp16
 
 
-def test_only_blocks_behind_the_fork_have_a_prefix(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("depth", "block"), [((0.5, 1.0), 1), ((0.0, 0.5), 0)])
+def test_only_trained_blocks_have_a_prefix(
+    tmp_path: Path, depth: tuple[float, float], block: int
+) -> None:
     write_gptq(tmp_path, tiny_model(num_layers=2))
     model = qzo.load(tmp_path)
-    live, scales = trained_vector(model, ZOConfig(**PREFIX, num_blocks=1), 0)
+    live, scales = trained_vector(model, ZOConfig(**PREFIX, depth=depth), 0)
     names = [section.name for section in scales.sections]
-    assert names == [f"model.layers.1.self_attn.prefix_{role}" for role in ("key", "value")]
+    assert names == [f"model.layers.{block}.self_attn.prefix_{role}" for role in ("key", "value")]
 
     probes = [Probe(1, 0.5), Probe(2, 0.5)]
     with scales.shifted(live, probes):

@@ -186,7 +186,7 @@ def test_quantize_gptq_calibrates_each_block_on_the_quantized_ones_before_it(
 ) -> None:
     source = MAKERS[kind](tmp_path / "float")
     settings = QuantizeSettings(
-        "gptq", group_size=32, act_order=act_order, num_calibration_samples=130, seq_len=16
+        "gptq", group_size=32, act_order=act_order, num_samples=130, seq_len=16
     )  # more than one batch of 2,048 tokens
 
     quantize(source, tmp_path / "out", settings)
@@ -389,7 +389,7 @@ def test_quantize_gives_the_same_bytes_again(tmp_path: Path, calibration: Any) -
     if calibration == "file":
         calibration = tmp_path / "text.txt"
         calibration.write_text(TEXT)
-    settings = QuantizeSettings("gptq", group_size=32, seq_len=16, num_calibration_samples=8)
+    settings = QuantizeSettings("gptq", group_size=32, seq_len=16, num_samples=8)
 
     digests = set()
     for name in ("first", "second"):

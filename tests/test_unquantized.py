@@ -158,6 +158,8 @@ def test_the_sections_are_the_tensors_behind_the_fork(tmp_path: Path, architectu
     norms, some = ({s.name for s in v.sections if s.kind == "norm"} for v in (whole, half))
     assert len(norms) == NUM_NORMS[architecture]
     assert some == {name for name in norms if ".0." not in name}
+    _, front = trained_vector(model, ZOConfig(unquantized=["norms"], depth=(0.0, 0.5)), 0)
+    assert {s.name for s in front.sections} == {name for name in norms if ".0." in name}
     biases = [section for section in whole.sections if section.kind == "bias"]
     assert len(biases) == {"qwen2": 6, "opt": 12}.get(architecture, 0)
     assert any(s.kind == "head" for s in whole.sections) == ("head" in kinds)

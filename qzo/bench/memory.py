@@ -15,7 +15,7 @@ import torch
 from qzo.bench.clock import interleaved
 from qzo.bench.machine import hardware, versions
 from qzo.bench.training_run import RunSettings, run_apart
-from qzo.checkpoint import open_checkpoint
+from qzo.checkpoint import dtype_name, open_checkpoint
 from qzo.files import read_json
 from qzo.memory import parse_memory
 from qzo.parts import DTYPES
@@ -63,7 +63,7 @@ def bench_memory(settings: RunSettings) -> dict[str, Any]:
 def predict(settings: RunSettings) -> Plan:
     """Return what ``qzo plan`` says about the same workload."""
     checkpoint = open_checkpoint(settings.checkpoint)
-    default = "float32" if settings.device == "cpu" else str(checkpoint.config["torch_dtype"])
+    default = "float32" if settings.device == "cpu" else dtype_name(checkpoint.config)
     return plan(
         checkpoint.folder,
         batch_size=settings.batch_size,

@@ -97,8 +97,6 @@ class RunSettings:
         if self.first_order_blocks:
             keys["zo"] = {**keys.get("zo", {}), "first_order_blocks": self.first_order_blocks}
         if self.memory_limit is not None:
-            if "memory_limit" not in Recipe.model_fields:
-                raise ConfigError("memory_limit: expected none, this version of qzo has no limit")
             keys["memory_limit"] = self.memory_limit
         return recipe(keys)
 

@@ -6,8 +6,8 @@ With ``S`` values and the angle ``theta``, probes and steps use
 
 and a step does ``v <- v - learning_rate g`` and ``m <- beta m + (1 - beta) g`` with ``g = mean_i
 d_i z'_i``. At ``theta = pi / 2`` the cone is the whole space and ``z' = z``, as it is before there
-is any momentum. Directions that are stretched are stretched after the cone: ``m`` is in the units
-of ``z``.
+is any momentum. What else shapes directions (sections, stretch) does so after the cone: ``m`` is in
+the units of ``z``.
 
 Source: Behric, Zhang, Li, Thekumparampil, "ConMeZO", arXiv 2511.02757, in the form of its code,
 which has ``theta = 1.35`` and ``beta = 0.99``. The warm-up of both is left out.
@@ -71,9 +71,9 @@ class ConMeZO:
             self._momentum = torch.zeros_like(scales.values)
         for start, stop in scales.chunks():
             slope = combine(scales.directions.unstretched(derivatives, start, stop), weights)
-            step = scales.directions.stretched_for_step(slope, start, stop)
-            scales.move(start, stop, step * -learning_rate)
             self._momentum[start:stop].mul_(self.beta).add_(slope * (1 - self.beta))
+            step = scales.directions.shaped_step(slope, start, stop)
+            scales.move(start, stop, step * -learning_rate)
 
     def state(self) -> dict[str, Tensor]:
         """Return the momentum."""

@@ -61,9 +61,7 @@ class HiZOO:
             h = self._curvature[start:stop]
             seen = combine(z * z, halves) * h
             h.mul_(1 - self.alpha).add_(seen * self.alpha).clamp_(min=_FLOOR)
-            slope = (
-                scales.directions.stretched_for_step(combine(z, weights), start, stop) / h.sqrt()
-            )
+            slope = scales.directions.shaped_step(combine(z, weights), start, stop) / h.sqrt()
             scales.move(start, stop, slope * -learning_rate)
 
     def state(self) -> dict[str, Tensor]:

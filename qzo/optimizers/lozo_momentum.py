@@ -74,7 +74,7 @@ class LOZOMomentum:
             seen = _thin(law, number, seeds, scales.values.device)
             average.mul_(self.momentum).add_(combine(seen, weights))
             change = _wide(law, number, average, basis)
-            change = scales.directions.stretched_for_step(change, part.start, part.stop)
+            change = scales.directions.shaped_step(change, part.start, part.stop)
             scales.move(part.start, part.stop, change * -learning_rate)
         self._basis = basis
 
