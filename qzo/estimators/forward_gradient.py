@@ -1,7 +1,8 @@
 """Forward gradient: the exact slope along each direction, the reference without probe error.
 
 ``d_i = z_i . grad L(v)``. The probes ask for slopes, and what comes in the place of losses is
-slopes. Nothing reads epsilon, and there is no loss difference to clip.
+slopes. The clip is that of two-sided SPSA: ``C = max_loss_difference / (2 epsilon)``, what a loss
+difference of that size over ``2 epsilon`` would measure. Nothing else reads epsilon.
 
 Source: Baydin et al., "Gradients without backpropagation", arXiv 2202.08587, definition 1.
 """
@@ -24,6 +25,8 @@ class ForwardGradient(Settings):
         return [replace(probe, is_tangent=True) for probe in probes]
 
     def tell(self, probes: Sequence[Probe], losses: Sequence[float]) -> list[DirectionalDerivative]:
-        """Return the slopes; NaN where one is not finite."""
+        """Return the slopes, clipped; NaN where one is not finite."""
         check_losses(probes, losses)
-        return [clipped(probe, s, None) for probe, s in zip(probes, losses, strict=True)]
+        limit = self.max_loss_difference
+        bound = None if limit is None else limit / (2 * self.epsilon)
+        return [clipped(probe, s, bound) for probe, s in zip(probes, losses, strict=True)]
