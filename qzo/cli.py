@@ -162,7 +162,6 @@ def plan(
     from qzo.footprint import assumed_quantization
     from qzo.memory import parse_memory
     from qzo.planner import plan as run
-    from qzo.probes import stacked_probes
 
     chosen = (format or "gptq", bits, group_size)
     is_assumed = format is not None or bits is not None or group_size is not None
@@ -175,7 +174,7 @@ def plan(
             answer_len=answer_len,
             memory_bytes=None if memory is None else parse_memory(memory),
             coordinates=coordinates,
-            num_probes=stacked_probes(num_probes, batch_size, seq_len),
+            evaluations=num_probes,
             dtype=dtype,
             first_order_blocks=first_order_blocks,
         )

@@ -30,6 +30,11 @@ Item = TypeVar("Item")
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
+def is_file(data: str) -> bool:
+    """Return whether data is one file, which has no splits."""
+    return Path(data).expanduser().is_file()
+
+
 def load_records(source: str | Path, split: str | None = None) -> list[Record]:
     """Read the records of a file, a folder or a data set on the hub, in their own order.
 

@@ -4,10 +4,9 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
-from pathlib import Path
 from typing import Any, Literal
 
-from qzo.data import encode_records, hold_out, load_records
+from qzo.data import encode_records, hold_out, is_file, load_records
 from qzo.encoding import EncodedExample, Tokenizer, last_turn
 from qzo.errors import DataError
 from qzo.tasks import examples_from_file, load_task
@@ -143,14 +142,13 @@ def read_set(
         DataError: The source is missing, empty or malformed.
     """
     if task is not None:
-        is_file = data is not None and Path(data).is_file()
-        loaded = load_task(task, None if is_file else data, is_prompted=is_prompted)
-        raw = examples_from_file(loaded, str(data), split) if is_file else loaded.examples(split)
+        is_one = data is not None and is_file(data)
+        loaded = load_task(task, None if is_one else data, is_prompted=is_prompted)
+        raw = examples_from_file(loaded, str(data), split) if is_one else loaded.examples(split)
         return from_task(loaded, raw[:num_examples], tokenizer, max_length=max_length)
     if data is None:
         raise DataError("data: expected a file, a folder or a hub id, or a task")
-    has_splits = not Path(data).is_file()
-    records = load_records(data, split if has_splits else None)
+    records = load_records(data, None if is_file(data) else split)
     return from_records(records[:num_examples], tokenizer, max_length=max_length)
 
 

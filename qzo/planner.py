@@ -30,6 +30,7 @@ from qzo.footprint import (
     zeros_bytes,
 )
 from qzo.parts import DTYPES, Differentiated, Part, Workload, all_parts, num_trained
+from qzo.probes import stacked_probes
 from qzo.shapes import (
     ModelShapes,
     build_skeleton,
@@ -94,6 +95,7 @@ def plan(
     memory_bytes: int | None = None,
     coordinates: str = "row",
     num_probes: int = 2,
+    evaluations: int | None = None,
     dtype: str = "float32",
     first_order_blocks: int = 0,
     assumed: Quantization | None = None,
@@ -108,6 +110,8 @@ def plan(
         memory_bytes: Memory that is there; decides the verdict.
         coordinates: See ``Workload``.
         num_probes: See ``Workload``.
+        evaluations: Of an example in a step; where given, as many probes are stacked as training
+            stacks of them, more with a smaller batch. ``num_probes`` is not read then.
         dtype: See ``Workload``.
         first_order_blocks: See ``Workload``; at most the blocks there are. All their quantized
             layers are taken to be trained.
@@ -116,6 +120,8 @@ def plan(
     Raises:
         ConfigError: An argument or the architecture cannot be used.
     """
+    if evaluations is not None:
+        num_probes = stacked_probes(evaluations, batch_size, seq_len)
     scored = min(Workload.answer_len, seq_len) if answer_len is None else answer_len
     workload = Workload(
         batch_size, seq_len, scored, coordinates, num_probes, dtype, first_order_blocks
@@ -130,7 +136,7 @@ def plan(
             f"already, got {assumed.format} {assumed.bits} {assumed.group_size}; leave them out"
         )
     quantization = read_quantization(stored) if stored else assumed or assumed_quantization()
-    return _plan(config, quantization, workload, memory_bytes)
+    return _plan(config, quantization, workload, memory_bytes, evaluations)
 
 
 def _check_workload(workload: Workload) -> None:
@@ -151,7 +157,11 @@ def _check_workload(workload: Workload) -> None:
 
 
 def _plan(
-    config: dict[str, Any], quantization: Quantization, workload: Workload, memory: int | None
+    config: dict[str, Any],
+    quantization: Quantization,
+    workload: Workload,
+    memory: int | None,
+    evaluations: int | None,
 ) -> Plan:
     model = build_skeleton(config, DTYPES[workload.dtype])
     head = head_name(model)
@@ -164,10 +174,13 @@ def _plan(
 
     @cache
     def parts(batch_size: int) -> tuple[Part, ...]:
+        num_probes = workload.num_probes
+        if evaluations is not None:
+            num_probes = stacked_probes(evaluations, batch_size, workload.seq_len)
         return all_parts(
             shapes,
             quantization,
-            replace(workload, batch_size=batch_size),
+            replace(workload, batch_size=batch_size, num_probes=num_probes),
             row_bytes,
             stored_dtype=_stored_dtype(config),
             differentiated=differentiated,

@@ -72,6 +72,7 @@ class ProgressCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Start the bar."""
+        self._first = state.global_step  # of this call: a run may go on
         self._task = self._progress.add_task("", total=state.max_steps, numbers="")
         self._progress.update(self._task, completed=state.global_step)
         self._progress.start()
@@ -105,7 +106,7 @@ class ProgressCallback(TrainerCallback):
         self._progress.update(self._task, numbers=numbers)
         if not self._console.is_terminal:
             done, seconds = state.global_step, shown.get("seconds", 0.0)
-            left = seconds / max(done, 1) * (state.max_steps - done)
+            left = seconds / max(done - self._first, 1) * (state.max_steps - done)
             self._console.print(f"step {done}/{state.max_steps}  {numbers}  {left:.0f} s left")
 
     def on_evaluate(

@@ -12,6 +12,7 @@ from qzo.adapter import apply_adapter, open_adapter
 from qzo.card import model_card
 from qzo.checkpoint import Checkpoint, open_checkpoint
 from qzo.config import Recipe
+from qzo.data import is_file
 from qzo.errors import ConfigError
 from qzo.examples import ExampleSet, read_set, split_records
 from qzo.files import write_bytes
@@ -136,7 +137,7 @@ def data_sets(recipe: Recipe, tokenizer: Any) -> tuple[ExampleSet, ExampleSet | 
     """Read training and evaluation examples.
 
     Raises:
-        ConfigError: The recipe names no data.
+        ConfigError: The recipe names no data, or none to evaluate on.
     """
     if recipe.data is None and recipe.task is None:
         raise ConfigError("data: expected 'data' or 'task' in the recipe, found neither")
@@ -160,6 +161,11 @@ def data_sets(recipe: Recipe, tokenizer: Any) -> tuple[ExampleSet, ExampleSet | 
     )
     if recipe.num_eval_examples == 0:
         return train_set, None
+    if recipe.eval_data is None and recipe.data is not None and is_file(recipe.data):
+        raise ConfigError(
+            f"eval_data: expected data to evaluate on, got none: {recipe.data} is one file, which "
+            "is trained on; name eval_data, or set num_eval_examples: 0"
+        )
     eval_set = read_set(
         task=recipe.task,
         data=recipe.eval_data or recipe.data,

@@ -101,7 +101,8 @@ def _stacked_rows(recipe: Recipe, sets: Sequence[ExampleSet], probes: int, longe
     if recipe.objective not in WRITTEN:
         rows = min(rows, max(STACKED_TOKENS // longest, of_probe))
     rows *= 1 + (recipe.zo.estimator == "forward_gradient")  # a tangent beside every activation
-    of_evaluation = [_most_rows(data) * recipe.per_device_eval_batch_size for data in sets[1:]]
+    evaluated = sets[1:] or sets  # without a set of its own, the reference loss is of training's
+    of_evaluation = [_most_rows(data) * recipe.per_device_eval_batch_size for data in evaluated]
     return max([rows, *of_evaluation])
 
 

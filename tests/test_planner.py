@@ -454,6 +454,17 @@ def test_an_answer_is_no_longer_than_its_text(tmp_path: Path) -> None:
         plan(folder, seq_len=9, answer_len=10)
 
 
+def test_a_smaller_batch_is_planned_with_the_probes_that_are_then_stacked(tmp_path: Path) -> None:
+    folder = write_config(tmp_path, TOY, GPTQ)
+    peaks = {n: plan(folder, batch_size=n, evaluations=8).peak_bytes for n in (1, 4, 8, 16)}
+    assert peaks[4] == peaks[8] == peaks[16] > peaks[1]  # 32 rows of 512 tokens; 8 at batch 1
+
+    result = plan(folder, batch_size=16, evaluations=8, memory_bytes=peaks[4] - 1)
+
+    assert result.per_device_train_batch_size == 2  # which stacks 16
+    assert result.smallest_peak_bytes == peaks[1]
+
+
 def test_unknown_coordinates_are_refused(tmp_path: Path) -> None:
     message = (
         r"^coordinates: expected one of absolute, relative, row, column, rank_one, got 'cell'$"

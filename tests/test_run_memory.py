@@ -30,7 +30,7 @@ def read(base: Path, records: list[dict[str, Any]]) -> ExampleSet:
 
 
 def planned(base: Path, sets: list[ExampleSet], **keys: Any) -> tuple[int, int]:
-    recipe = tiny_recipe(base, base.parent / "run", **keys)
+    recipe = tiny_recipe(base, base.parent / "run", **{"per_device_eval_batch_size": 1, **keys})
     return planned_bytes(recipe, open_checkpoint(base), sets, torch.device("cpu"))
 
 
@@ -48,6 +48,13 @@ def test_as_many_evaluations_take_as_much_memory(base: Path) -> None:
     assert of(sides="leave_one_out", num_directions=4, examples_per_direction=2) == want
     assert of(estimator="spsa_1_5", num_directions=2) > want
     assert of(estimator="rloo", num_directions=3) < want
+
+
+def test_the_reference_loss_of_a_run_without_an_evaluation_set_counts(base: Path) -> None:
+    data = read(base, RECORDS)
+    few, many = (planned(base, [data], per_device_eval_batch_size=n, zo=SPSA) for n in (1, 64))
+    assert many[1] > few[1]
+    assert many == planned(base, [data, data], per_device_eval_batch_size=64, zo=SPSA)
 
 
 def test_keys_and_values_of_written_answers_count(base: Path) -> None:

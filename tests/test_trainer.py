@@ -30,9 +30,12 @@ from qzo import trainer as trainer_module
 from qzo.between_steps import BetweenSteps
 from qzo.errors import CheckpointError, ConfigError, QZOError
 from qzo.evaluate import evaluate
+from qzo.model import load_tokenizer
 from qzo.objective import Objective
 from qzo.optimizers.sgd import SGD
+from qzo.recipe_file import recipe
 from qzo.result import StoppedError
+from qzo.run import data_sets
 from qzo.scales import Scales
 from qzo.snapshots import Snapshots
 from qzo.trainer import Trainer
@@ -860,3 +863,17 @@ def test_the_numbers_of_a_result_are_plain(base: Path, tmp_path: Path) -> None:
     assert values["before"]["num_examples"] == 4
     assert "example_losses" not in values["after"]
     assert values["warnings"] == list(result.warnings)
+
+
+def test_a_task_in_one_file_is_not_evaluated_on_what_it_trains_on(
+    base: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "train.tsv"
+    data.write_text("sentence\tlabel\n" + "a fine film\t1\na bad one\t0\n" * 4)
+    keys: dict[str, Any] = {"task": "sst2", "data": str(data), "output_dir": str(tmp_path / "run")}
+    made = recipe({"model": str(base), **keys})
+
+    with pytest.raises(ConfigError, match=r"^eval_data: expected data to evaluate on, got none: "):
+        data_sets(made, load_tokenizer(base))
+    train_set, _ = data_sets(made.model_copy(update={"num_eval_examples": 0}), load_tokenizer(base))
+    assert len(train_set.examples) == 8

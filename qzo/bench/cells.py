@@ -25,7 +25,7 @@ from quantizers.errors import FormatError
 from qzo.bench.suite import Method, Suite, TaskEntry, with_keys
 from qzo.config import Recipe
 from qzo.conservative import NUM_TRIED
-from qzo.data import hold_out, load_records
+from qzo.data import hold_out, is_file, load_records
 from qzo.errors import ConfigError
 from qzo.estimators import make_estimator
 from qzo.files import write_bytes, write_json
@@ -211,11 +211,11 @@ def write_tuning_data(suite: Suite, folder: Path, task: TaskEntry) -> dict[str, 
 
 def _training_records(fragment: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     name, data = fragment.get("task"), fragment.get("data")
-    is_file = data is not None and Path(data).is_file()
+    is_one = data is not None and is_file(data)
     if name is None:
-        return list(load_records(str(data), None if is_file else "train"))
-    task = load_task(name, None if is_file else data)
-    return examples_from_file(task, str(data)) if is_file else task.examples("train")
+        return list(load_records(str(data), None if is_one else "train"))
+    task = load_task(name, None if is_one else data)
+    return examples_from_file(task, str(data), "train") if is_one else task.examples("train")
 
 
 def check_unchanged(cell: Cell) -> None:

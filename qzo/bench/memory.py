@@ -70,7 +70,7 @@ def predict(settings: RunSettings) -> Plan:
         seq_len=settings.seq_len,
         answer_len=settings.answer_len,
         coordinates=settings.coordinates,
-        num_probes=settings.num_probes,
+        evaluations=settings.num_probes,
         dtype=settings.dtype or default,
         first_order_blocks=settings.first_order_blocks,
     )
