@@ -418,7 +418,7 @@ def test_gradients_have_no_compact_form(tmp_path: Path, straight: dict[str, Path
             {"memory_limit": "4GiB"},
             "memory_limit: expected none with exact derivatives, which need more memory than "
             "forward passes, got '4GiB'; leave it out, or choose another "
-            "another zo.estimator",
+            "zo.estimator and no first-order blocks",
         ),
         (
             {"first_order_blocks": 1, "first_order_layers": "profile"},
