@@ -143,7 +143,7 @@ def plan(
         str | None, typer.Option(help="Of a float model, as it is to be: gptq, nf4 or fp4.")
     ] = None,
     bits: Annotated[int | None, typer.Option(help="Likewise; 4 if missing.")] = None,
-    group_size: Annotated[int | None, typer.Option(help="Likewise; GPTQ 128, NF4 64.")] = None,
+    group_size: Annotated[int | None, typer.Option(help="Likewise; as quantize chooses.")] = None,
     coordinates: Annotated[
         str, typer.Option(help="row, column, rank_one, relative or absolute.")
     ] = "row",
@@ -156,6 +156,7 @@ def plan(
     first_order_blocks: Annotated[
         int, typer.Option(help="Last blocks with exact gradients, as zo.first_order_blocks.")
     ] = 0,
+    optimizer: Annotated[str, typer.Option(help="As zo.optimizer.")] = "sgd",
     as_json: AsJSON = False,
 ) -> None:
     """Tell what a training step needs, part by part; needs no weights and no device."""
@@ -177,6 +178,7 @@ def plan(
             evaluations=num_probes,
             dtype=dtype,
             first_order_blocks=first_order_blocks,
+            optimizer=optimizer,
         )
         if as_json:
             print_json(result.to_dict())
@@ -258,6 +260,7 @@ def evaluate(
         raise ConfigError(f"--prompt: expected template, or none with a --task, got {prompt!r}")
     from qzo.evaluate import evaluate as run
     from qzo.examples import read_set
+    from qzo.generation import Generator
     from qzo.model import load_tokenizer, quant_linears
     from qzo.run import evaluation_model
 
@@ -274,14 +277,17 @@ def evaluate(
             is_prompted=prompt == "template",
         )
         live = quant_linears(model)[0].live
+        generator = None
+        if examples.is_generation:
+            generator = Generator(model, tokenizer, live, max_length=max_length)
         with progress_bar("evaluating") as progress:
             result = run(
                 model,
                 live,
                 examples,
                 batch_size=batch_size,
-                tokenizer=tokenizer,
                 progress=progress,
+                generator=generator,
             )
         show(result.to_dict(), as_json, print_json)
 

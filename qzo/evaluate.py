@@ -83,7 +83,6 @@ def evaluate(
     data: ExampleSet,
     *,
     batch_size: int,
-    tokenizer: Any = None,
     progress: Callable[[int, int], None] | None = None,
     ranks: Ranks | None = None,
     generator: Generator | None = None,
@@ -97,10 +96,9 @@ def evaluate(
         live: What its layers see: the scales to evaluate.
         data: What to evaluate on.
         batch_size: Examples of one forward.
-        tokenizer: For generation.
         progress: Called with the examples done and their number.
         ranks: The processes that split the batches; all of them get the results.
-        generator: Writes the answers; with its defaults unless given.
+        generator: Writes the answers, where the data or the objective asks for them.
         objective: What is trained on.
         reward: The function of objective ``reward``.
     """
@@ -118,7 +116,7 @@ def evaluate(
         names: list[ObjectiveName] = ["f1", "exact_match"]
         names += ["reward"] if objective == "reward" else []
         judges = [make_judge(name, data, reward) for name in names]
-        generator = generator or Generator(model, tokenizer, live)
+        assert generator is not None
         columns = _judged(generator, data.questions, judges, batch_size, ranks)
         for name, values in zip(names, columns, strict=True):
             result[name], result[f"{name}_se"] = mean_and_error(values)

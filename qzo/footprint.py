@@ -5,7 +5,7 @@
 =========== ============================================== =========================================
 codes       ``ceil(in * bits / 32) * out`` words           ``ceil(out * in / 2)`` bytes
 zeros       ``groups * ceil(out * bits / 32)`` words       none
-scales      ``groups * out`` fp16, ``groups = ceil(in/g)`` ``ceil(out * in / 64)`` fp32, or nested
+scales      ``groups * out`` fp16, ``groups = ceil(in/g)`` ``ceil(out * in / b)`` fp32, or nested
 g_idx       ``in`` int32                                   none
 =========== ============================================== =========================================
 
@@ -14,16 +14,22 @@ Source: the module docstrings of ``quantizers/gptq.py`` and ``quantizers/nf4.py`
 """
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from quantizers import gptq, nf4
 from quantizers.formats import detect
-from qzo.errors import ConfigError
+from quantizers.nf4_algorithm import BLOCK_SIZES
+from qzo.errors import CheckpointError, ConfigError
+from qzo.quantize_settings import usual_group_size
 from qzo.shapes import LinearShape
+from qzo.tensor_files import TensorFiles
 
-NF4_BLOCK = 64  # transformers offers no other
+USUAL = 0  # a group size that is decided by the layers, as ``qzo quantize`` does
+_TRANSFORMERS_BLOCK = 64  # of bitsandbytes; transformers offers no other
 _NESTED_BLOCK = 256
 _WORD_BYTES = 4
 
@@ -35,7 +41,8 @@ class Quantization:
     Attributes:
         format: ``gptq``, ``nf4`` or ``fp4``.
         bits: Width of a code.
-        group_size: Input columns sharing one scale; -1 for one group a row.
+        group_size: Input columns sharing one scale; -1 for one group a row. Of bitsandbytes the
+            block: weights sharing a scale, on from row to row. ``USUAL`` before layers are known.
         is_symmetric: GPTQ zero points are all equal, so none is unpacked.
         is_nested: bitsandbytes' double quantization.
         is_assumed: The config said nothing; these are defaults or arguments.
@@ -63,35 +70,63 @@ def assumed_quantization(
     Args:
         format_name: ``gptq``, ``nf4`` or ``fp4``.
         bits: Width of a code; 4 if None, and always 4 outside GPTQ.
-        group_size: 128 if None; the block of 64 outside GPTQ.
+        group_size: ``USUAL`` if None.
 
     Raises:
         ConfigError: The three do not go together.
     """
     if format_name not in {"gptq", "nf4", "fp4"}:
         raise ConfigError(f"format: expected 'gptq', 'nf4' or 'fp4', got {format_name!r}")
-    default_group = 128 if format_name == "gptq" else NF4_BLOCK
     bits = 4 if bits is None else bits
-    group_size = default_group if group_size is None else group_size
     allowed = (2, 3, 4, 8) if format_name == "gptq" else (4,)
     if bits not in allowed:
         raise ConfigError(f"bits: expected one of {allowed} for {format_name}, got {bits}")
-    if format_name != "gptq" and group_size != NF4_BLOCK:
-        raise ConfigError(f"group_size: expected {NF4_BLOCK} for {format_name}, got {group_size}")
+    if group_size is None:
+        return Quantization(format_name, bits, USUAL, is_assumed=True)
+    if format_name != "gptq" and group_size not in BLOCK_SIZES:
+        raise ConfigError(
+            f"group_size: expected one of {BLOCK_SIZES} for {format_name}, got {group_size}"
+        )
     if group_size < 1 and group_size != -1:
         raise ConfigError(f"group_size: expected a number above 0, got {group_size}")
     return Quantization(format_name, bits, group_size, is_assumed=True)
 
 
-def read_quantization(config: Mapping[str, Any]) -> Quantization:
-    """Read a ``quantization_config``; what cannot be trained is refused by its format."""
+def with_group_size(quantization: Quantization, layers: Sequence[LinearShape]) -> Quantization:
+    """Decide a group size that is ``USUAL``."""
+    if quantization.group_size != USUAL:
+        return quantization
+    sizes = [layer.in_features for layer in layers]
+    return replace(quantization, group_size=usual_group_size(quantization.format, sizes))
+
+
+def block_size(folder: Path) -> int:
+    """Return the block size of a bitsandbytes checkpoint; 64 where its files are not there."""
+    with suppress(CheckpointError):
+        tensors = TensorFiles(folder)
+        layer = next(iter(nf4.layer_names(tensors.files)), None)
+        keys = (f"{layer}.weight.quant_state.bitsandbytes__{kind}" for kind in ("nf4", "fp4"))
+        for key in keys:
+            if key in tensors.files:
+                size: int = nf4.read_quant_state(tensors[key], str(layer))["blocksize"]
+                return size
+    return _TRANSFORMERS_BLOCK
+
+
+def read_quantization(config: Mapping[str, Any], block: int = _TRANSFORMERS_BLOCK) -> Quantization:
+    """Read a ``quantization_config``; what cannot be trained is refused by its format.
+
+    Args:
+        config: The config.
+        block: Weights sharing a scale where it is of bitsandbytes, whose config does not say so.
+    """
     old_auto_gptq = ["layer.qweight"] if "bits" in config else []  # those files name no method
     if detect(config, old_auto_gptq) is gptq:
         return _read_gptq(config)
     spec = nf4.spec(config)
     return Quantization(
         spec.quant_type,
-        group_size=NF4_BLOCK,
+        group_size=block,
         is_nested=bool(config.get("bnb_4bit_use_double_quant")),
         kept=tuple(config.get("llm_int8_skip_modules") or ()),
     )
@@ -154,7 +189,7 @@ def group_index_bytes(layer: LinearShape, quantization: Quantization) -> int:
 def num_scales(layer: LinearShape, quantization: Quantization) -> int:
     """Return how many scales the layer has."""
     if quantization.format != "gptq":
-        return _ceil(layer.out_features * layer.in_features, NF4_BLOCK)
+        return _ceil(layer.out_features * layer.in_features, quantization.group_size)
     return _groups(layer, quantization) * layer.out_features
 
 

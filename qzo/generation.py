@@ -28,6 +28,7 @@ class Generator:
         model: The model.
         tokenizer: Its tokenizer.
         live: What its quantized layers see; needed for several probes.
+        max_length: Tokens of a prompt at most; all that the model has room for if None.
         max_new_tokens: Tokens of a completion at most.
         stop: Where a completion ends; not part of it. None: at the end-of-text token alone.
             ``auto``: for prompts from a chat template also at what the template puts behind an
@@ -43,6 +44,7 @@ class Generator:
         tokenizer: Any,
         live: Live | None = None,
         *,
+        max_length: int | None = None,
         max_new_tokens: int = MAX_NEW_TOKENS,
         stop: str | None = AUTO_STOP,
     ) -> None:
@@ -53,7 +55,9 @@ class Generator:
                 f"{max_new_tokens}"
             )
         self._model, self._tokenizer, self._live = model, tokenizer, live or Live()
-        self._prompt_tokens, self._max_new_tokens = positions - max_new_tokens, max_new_tokens
+        room = positions - max_new_tokens
+        self._prompt_tokens = room if max_length is None else min(room, max_length)
+        self._max_new_tokens = max_new_tokens
         self._stop = stop
         self._criteria: dict[str, StopStringCriteria] = {}
 

@@ -1,7 +1,5 @@
 """The stored tensors of one quantized layer."""
 
-from collections.abc import Sequence
-
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -13,17 +11,6 @@ from quantizers.nf4_algorithm import quantize_4bit
 from quantizers.rounding import RoundedWeight, round_to_nearest
 from qzo.errors import CheckpointError
 from qzo.quantize_settings import QuantizeSettings
-
-_GROUP_SIZES = {"gptq": (128, 64, 32), "nf4": (64, 32), "fp4": (64, 32)}
-_RAGGED_GROUP_SIZE = {"gptq": 32, "nf4": 64, "fp4": 64}
-
-
-def default_group_size(settings: QuantizeSettings, linears: Sequence[nn.Linear]) -> int:
-    """Return the group size to use where none is given; see ``QuantizeSettings``."""
-    for group_size in _GROUP_SIZES[settings.format]:
-        if all(linear.in_features % group_size == 0 for linear in linears):
-            return group_size
-    return _RAGGED_GROUP_SIZE[settings.format]
 
 
 def check_sizes(settings: QuantizeSettings, layer: str, linear: nn.Linear) -> None:

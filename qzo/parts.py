@@ -23,6 +23,7 @@ from qzo.footprint import (
 )
 from qzo.linear import TILE_ELEMENTS
 from qzo.mapped import TILE_ELEMENTS as HEAD_TILE_ELEMENTS
+from qzo.optimizers import REMEMBERED
 from qzo.shapes import LinearShape, ModelShapes
 
 TILE_STEP = 32  # rows; a tile has a multiple of them
@@ -77,6 +78,9 @@ class Workload:
             ``absolute`` (a number a scale).
         num_probes: Forwards stacked on the batch.
         first_order_blocks: Last blocks with exact gradients.
+        optimizer: What moves the trained values.
+        lora_rank: Of factors that are trained instead of the scales; 0 for none.
+        prefix_tokens: Of a prefix that is trained instead of the scales; 0 for none.
         dtype: Type of activations and of the weights that are not quantized. float32 is the CPU
             path, the 16-bit types are the CUDA path.
     """
@@ -88,6 +92,9 @@ class Workload:
     num_probes: int = 2
     dtype: str = "float32"
     first_order_blocks: int = 0
+    optimizer: str = "sgd"
+    lora_rank: int = 0
+    prefix_tokens: int = 0
 
     @property
     def device(self) -> str:
@@ -120,6 +127,7 @@ def all_parts(
     row_bytes: int,
     *,
     stored_dtype: str,
+    prefix_values: int = 0,
     differentiated: Differentiated | None = None,
 ) -> tuple[Part, ...]:
     """List every part, always in the same order, those of zero bytes included.
@@ -130,12 +138,19 @@ def all_parts(
         workload: What the step does.
         row_bytes: Activations of one row of the stacked batch.
         stored_dtype: Of what is not quantized, in the files.
+        prefix_values: Keys and values of a prefix.
         differentiated: What gets exact gradients, if anything does.
     """
     forward = workload.num_rows * row_bytes
+    num_scales_trained = num_trained(shapes.linears, quantization, workload.coordinates)
+    instead = prefix_values + workload.lora_rank * sum(
+        layer.out_features + layer.in_features for layer in shapes.linears
+    )
     return (
         *_file_parts(shapes, quantization, workload.device),
-        _master(shapes, quantization, workload.coordinates),
+        _master(num_scales_trained, workload.coordinates),
+        _instead_of_scales(instead, workload.num_probes),
+        _optimizer(instead or num_scales_trained, workload.optimizer),
         *_float_parts(shapes, workload, stored_dtype),
         _tile(shapes, quantization, workload, stored_dtype),
         _activations(workload, row_bytes),
@@ -213,11 +228,25 @@ def num_trained(layers: Sequence[LinearShape], quantization: Quantization, coord
     )
 
 
-def _master(shapes: ModelShapes, quantization: Quantization, coordinates: str) -> Part:
-    count = num_trained(shapes.linears, quantization, coordinates)
+def _master(count: int, coordinates: str) -> Part:
     units = {"row": "output rows", "column": "groups of inputs", "rank_one": "rows and groups"}
     unit = units.get(coordinates, "scales")
     return Part("master", 4 * count, f"{count:,} {unit} x 4 bytes (the trained vector, fp32)")
+
+
+def _instead_of_scales(count: int, num_probes: int) -> Part:
+    if not count:
+        return Part("LoRA or prefix", 0, "the scales are trained")
+    window = num_probes * min(count, WINDOW)
+    formula = f"{count:,} values and {window:,} elements of {num_probes} shifted ones x 4 bytes"
+    return Part("LoRA or prefix", 4 * (count + window), formula)
+
+
+def _optimizer(count: int, name: str) -> Part:
+    remembered = REMEMBERED.get(name, 0)
+    if not remembered:
+        return Part("optimizer", 0, f"{name} remembers nothing for a value")
+    return Part("optimizer", 4 * remembered * count, f"{count:,} values x {remembered} x 4 bytes")
 
 
 def _float_parts(shapes: ModelShapes, workload: Workload, stored_dtype: str) -> tuple[Part, ...]:

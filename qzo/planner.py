@@ -21,14 +21,17 @@ from qzo.files import read_json
 from qzo.footprint import (
     Quantization,
     assumed_quantization,
+    block_size,
     codes_bytes,
     group_index_bytes,
     holds_codes,
     num_scales,
     read_quantization,
     scales_bytes,
+    with_group_size,
     zeros_bytes,
 )
+from qzo.optimizers import OPTIMIZERS
 from qzo.parts import DTYPES, Differentiated, Part, Workload, all_parts, num_trained
 from qzo.probes import stacked_probes
 from qzo.shapes import (
@@ -36,6 +39,7 @@ from qzo.shapes import (
     build_skeleton,
     head_name,
     model_shapes,
+    values_of_token,
 )
 from qzo.trace import activation_bytes_per_row, backward_bytes_per_row
 
@@ -98,6 +102,9 @@ def plan(
     evaluations: int | None = None,
     dtype: str = "float32",
     first_order_blocks: int = 0,
+    optimizer: str = "sgd",
+    lora_rank: int = 0,
+    prefix_tokens: int = 0,
     assumed: Quantization | None = None,
 ) -> Plan:
     """Plan the memory of a training step from a config.json; weights are not read.
@@ -115,7 +122,10 @@ def plan(
         dtype: See ``Workload``.
         first_order_blocks: See ``Workload``; at most the blocks there are. All their quantized
             layers are taken to be trained.
-        assumed: Quantization of a model that has none yet; GPTQ, 4 bits, group size 128 if None.
+        optimizer: See ``Workload``.
+        lora_rank: See ``Workload``; all quantized layers are taken to have factors.
+        prefix_tokens: See ``Workload``.
+        assumed: Quantization of a model that has none yet; GPTQ with 4 bits if None.
 
     Raises:
         ConfigError: An argument or the architecture cannot be used.
@@ -124,7 +134,16 @@ def plan(
         num_probes = stacked_probes(evaluations, batch_size, seq_len)
     scored = min(Workload.answer_len, seq_len) if answer_len is None else answer_len
     workload = Workload(
-        batch_size, seq_len, scored, coordinates, num_probes, dtype, first_order_blocks
+        batch_size,
+        seq_len,
+        scored,
+        coordinates,
+        num_probes,
+        dtype,
+        first_order_blocks=first_order_blocks,
+        optimizer=optimizer,
+        lora_rank=lora_rank,
+        prefix_tokens=prefix_tokens,
     )
     _check_workload(workload)
     config_path = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
@@ -133,9 +152,12 @@ def plan(
     if stored is not None and assumed is not None:
         raise ConfigError(
             "format, bits, group_size: expected none of them for a checkpoint that is quantized "
-            f"already, got {assumed.format} {assumed.bits} {assumed.group_size}; leave them out"
+            f"already, got {assumed.format} with {assumed.bits} bits; leave them out"
         )
-    quantization = read_quantization(stored) if stored else assumed or assumed_quantization()
+    if stored is None:
+        quantization = assumed or assumed_quantization()
+    else:
+        quantization = read_quantization(stored, block_size(config_path.parent))
     return _plan(config, quantization, workload, memory_bytes, evaluations)
 
 
@@ -154,6 +176,10 @@ def _check_workload(workload: Workload) -> None:
         )
     if workload.dtype not in DTYPES:
         raise ConfigError(f"dtype: expected one of {', '.join(DTYPES)}, got {workload.dtype!r}")
+    if workload.optimizer not in OPTIMIZERS:
+        raise ConfigError(
+            f"optimizer: expected one of {', '.join(OPTIMIZERS)}, got {workload.optimizer!r}"
+        )
 
 
 def _plan(
@@ -168,6 +194,7 @@ def _plan(
     shapes = model_shapes(model, lambda name: holds_codes(quantization, name, head))
     if not shapes.linears:
         raise ConfigError("config.json: expected linear layers to quantize, found none")
+    quantization = with_group_size(quantization, shapes.linears)
     _check_rows(shapes, quantization, workload.coordinates)
     row_bytes = activation_bytes_per_row(model, workload.seq_len)
     differentiated = _differentiated(model, shapes, workload)
@@ -183,6 +210,7 @@ def _plan(
             replace(workload, batch_size=batch_size, num_probes=num_probes),
             row_bytes,
             stored_dtype=_stored_dtype(config),
+            prefix_values=workload.prefix_tokens * values_of_token(model.config),
             differentiated=differentiated,
         )
 

@@ -25,8 +25,13 @@ from qzo.blocks import BlockRun, captured_inputs, find_blocks, linear_layers, vi
 from qzo.calibration import read_calibration_texts, samples_of_model, token_windows
 from qzo.errors import CheckpointError, DataError
 from qzo.files import new_folder, write_json
-from qzo.layer_codes import check_sizes, default_group_size, quantize_layer
-from qzo.quantize_settings import QuantizeSettings, bitsandbytes_config, gptq_config
+from qzo.layer_codes import check_sizes, quantize_layer
+from qzo.quantize_settings import (
+    QuantizeSettings,
+    bitsandbytes_config,
+    gptq_config,
+    usual_group_size,
+)
 from qzo.source import FloatModel, copy_side_files, open_float_model
 from qzo.tensor_files import CheckpointWriter
 
@@ -92,7 +97,8 @@ class _Job:
             f"{self.prefix}.{name}": linear for name, linear in linear_layers(self._blocks).items()
         }
         if settings.group_size is None:
-            group_size = default_group_size(settings, list(self.linears.values()))
+            sizes = [linear.in_features for linear in self.linears.values()]
+            group_size = usual_group_size(settings.format, sizes)
             settings = replace(settings, group_size=group_size)
         self.settings = settings
         for layer, linear in self.linears.items():

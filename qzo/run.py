@@ -1,7 +1,7 @@
 """From a recipe to a trained run: the only place where configuration meets data and model."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,16 @@ from qzo.card import model_card
 from qzo.checkpoint import Checkpoint, open_checkpoint
 from qzo.config import Recipe
 from qzo.data import is_file
-from qzo.errors import ConfigError
+from qzo.errors import CheckpointError, ConfigError
 from qzo.examples import ExampleSet, read_set, split_records
-from qzo.files import write_bytes
+from qzo.files import read_json, write_bytes, write_json
 from qzo.interrupts import explained_bus_errors
 from qzo.model import Progress, load_checkpoint, load_tokenizer
 from qzo.plot import plot_run
 from qzo.ranks import Ranks
 from qzo.result import Result
 from qzo.rewards import RewardFunction, load_reward
+from qzo.run_folder import BASE_NAME, BASE_ORIGIN_NAME
 from qzo.run_memory import memory_budget
 from qzo.trainer import Trainer
 
@@ -121,16 +122,40 @@ def load_model(
 
 
 def base_checkpoint(recipe: Recipe) -> Checkpoint:
-    """Open the base; with ``quantize`` it is made first, in ``output_dir/base``."""
+    """Open the base; with ``quantize`` it is made first, in ``output_dir/base``.
+
+    Raises:
+        CheckpointError: There is a base that was made from another model, or in another format.
+    """
     if recipe.quantize is None:
         return open_checkpoint(recipe.model)
     from qzo.quantize import quantize
     from qzo.quantize_settings import QuantizeSettings
 
-    folder = Path(recipe.output_dir) / "base"
+    folder = Path(recipe.output_dir) / BASE_NAME
+    origin_path = folder.with_name(BASE_ORIGIN_NAME)
+    local = Path(recipe.model)
+    origin = {
+        "model": str(local.resolve() if local.exists() else local),
+        "quantize": recipe.quantize,
+    }
     if not folder.exists():
+        origin_path.unlink(missing_ok=True)
         quantize(recipe.model, folder, QuantizeSettings(format=recipe.quantize))
+        write_json(origin_path, origin)
+    found = read_json(origin_path) if origin_path.exists() else None
+    if found != origin:
+        raise CheckpointError(
+            f"{folder}: expected {recipe.model} as {recipe.quantize}, found what was made from "
+            f"{_shown_origin(found)}; choose another output_dir, or remove this folder"
+        )
     return open_checkpoint(folder)
+
+
+def _shown_origin(origin: Mapping[str, Any] | None) -> str:
+    if origin is None:
+        return f"something that no {BASE_ORIGIN_NAME} names"
+    return f"{origin.get('model')} as {origin.get('quantize')}"
 
 
 def data_sets(recipe: Recipe, tokenizer: Any) -> tuple[ExampleSet, ExampleSet | None]:

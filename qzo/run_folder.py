@@ -27,7 +27,9 @@ from qzo.sections import Section
 from qzo.version import __version__
 
 REFERENCE_NAME = "reference.json"
-_NOT_OF_A_RUN = {LOCK_NAME, "base"}  # what may lie in the folder before a run
+BASE_NAME = "base"  # the checkpoint of a model that was quantized for the run
+BASE_ORIGIN_NAME = "base_origin.json"  # what it was made from
+_NOT_OF_A_RUN = {LOCK_NAME, BASE_NAME, BASE_ORIGIN_NAME}  # what may lie in the folder before a run
 
 
 def header_of(

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from transformers import AutoConfig
@@ -13,9 +14,11 @@ from qzo.estimators import evaluations_per_example, make_estimator
 from qzo.examples import ExampleSet
 from qzo.free_memory import available_bytes
 from qzo.memory import parse_memory
+from qzo.parts import DTYPES
 from qzo.planner import plan
 from qzo.probes import STACKED_TOKENS
 from qzo.rewards import WRITTEN
+from qzo.shapes import values_of_token
 from qzo.streaming import Budget
 
 _SMALL = 0.5  # of the memory: a checkpoint that is smaller is not planned before it is loaded
@@ -70,6 +73,9 @@ def planned_bytes(
         answer_len=_most_scored(sets),
         coordinates=recipe.zo.coordinates,
         dtype=dtype,
+        optimizer=recipe.zo.optimizer,
+        lora_rank=recipe.zo.lora_rank if recipe.zo.tuned == "lora" else 0,
+        prefix_tokens=recipe.zo.prefix_tokens if recipe.zo.tuned == "prefix" else 0,
     )
     probes = _evaluations(recipe)
     rows = _stacked_rows(recipe, sets, probes, longest)
@@ -82,8 +88,8 @@ def planned_bytes(
         )
         planned = max(planned, backward, key=lambda one: one.peak_bytes)
     streaming = sum(part.bytes for part in planned.parts if part.streams)
-    cache = rows * (longest + written) * _cache_bytes(checkpoint, dtype) if written else 0
-    return streaming, planned.peak_bytes - streaming + cache
+    kept = rows * (longest + written) * values_of_token(_model_config(checkpoint)) if written else 0
+    return streaming, planned.peak_bytes - streaming + kept * DTYPES[dtype].itemsize
 
 
 def _evaluations(recipe: Recipe) -> int:
@@ -133,15 +139,10 @@ def _written_tokens(recipe: Recipe, sets: Sequence[ExampleSet]) -> int:
 def _first_order_blocks(recipe: Recipe, checkpoint: Checkpoint) -> int:
     """Return how many last blocks a backward goes through at most; a profile goes through all."""
     zo = recipe.zo
-    total = int(AutoConfig.from_pretrained(checkpoint.folder).get_text_config().num_hidden_layers)
+    total = int(_model_config(checkpoint).get_text_config().num_hidden_layers)
     ends_early = zo.depth is not None and zo.depth[1] < 1
     return total if zo.first_order_layers == "profile" or ends_early else zo.first_order_blocks
 
 
-def _cache_bytes(checkpoint: Checkpoint, dtype: str) -> int:
-    """Return the bytes of keys and values of one token."""
-    config = AutoConfig.from_pretrained(checkpoint.folder).get_text_config()
-    heads = config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    pairs = config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or heads)
-    return 2 * int(pairs * width) * (4 if dtype == "float32" else 2)
+def _model_config(checkpoint: Checkpoint) -> Any:
+    return AutoConfig.from_pretrained(checkpoint.folder)

@@ -74,6 +74,19 @@ def build_skeleton(config: dict[str, Any], dtype: torch.dtype) -> PreTrainedMode
     return model
 
 
+def values_of_token(config: Any) -> int:
+    """Return how many keys and values all layers keep of one token.
+
+    Args:
+        config: A transformers config.
+    """
+    text = config.get_text_config()
+    heads = text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // heads
+    key_heads = getattr(text, "num_key_value_heads", None) or heads
+    return 2 * int(text.num_hidden_layers * key_heads * width)
+
+
 def check_counts(config: Mapping[str, Any]) -> None:
     """Refuse counts of layers, heads or experts that nothing could build.
 

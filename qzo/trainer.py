@@ -46,7 +46,7 @@ from qzo.ranks import Ranks, Wish
 from qzo.replay import adapter_config, apply_journal, check_fingerprint
 from qzo.result import DivergedError, Result, StoppedError
 from qzo.rewards import WRITTEN, ObjectiveName, RewardFunction, check_objective, reward_name
-from qzo.run_folder import header_of, open_journal, write_reference
+from qzo.run_folder import BASE_NAME, header_of, open_journal, write_reference
 from qzo.sections import sections_of
 from qzo.snapshots import Snapshots, read_snapshot
 from qzo.training_step import Measured, TrainingSteps
@@ -103,7 +103,7 @@ class Trainer:
         self.train_set = train_set = self._example_set(train_dataset)
         self.eval_set = None if eval_dataset is None else self._example_set(eval_dataset)
         self._reward = reward
-        self._generator = self._make_generator()
+        self._generator = self._make_generator(self.eval_set)
         if self.eval_set is not None:
             check_objective(config.objective, self.eval_set, reward)
         self.objective = Objective(
@@ -140,7 +140,7 @@ class Trainer:
 
     def _train(self) -> Result:
         config, scales, ranks = self.config, self.scales, self._ranks
-        self.checkpoint = checkpoint_of(self.model, self.folder / "base")
+        self.checkpoint = checkpoint_of(self.model, self.folder / BASE_NAME)
         _ = self.checkpoint.digests  # for the header; they need not be there before the first step
         journal = open_journal(config, self._header, ranks)
         exact = self._exact = ExactPart(journal, config.zo, self.model, scales, self.objective)
@@ -235,9 +235,8 @@ class Trainer:
                 self._live,
                 data,
                 batch_size=self.config.per_device_eval_batch_size,
-                tokenizer=self.tokenizer,
                 ranks=ranks,
-                generator=self._generator,
+                generator=self._generator or self._make_generator(data),
                 objective=objective,
                 reward=self._reward,
             )
@@ -249,10 +248,10 @@ class Trainer:
             return self.config.objective
         return reward_name(self._reward)
 
-    def _make_generator(self) -> Generator | None:
+    def _make_generator(self, evaluated: ExampleSet | None) -> Generator | None:
         """Return what writes answers, where there are any to write."""
         config = self.config
-        is_evaluated = self.eval_set is not None and self.eval_set.is_generation
+        is_evaluated = evaluated is not None and evaluated.is_generation
         if config.objective not in WRITTEN and not is_evaluated:
             return None
         if self.tokenizer is None:
@@ -261,6 +260,7 @@ class Trainer:
             self.model,
             self.tokenizer,
             self._live,
+            max_length=config.max_length,
             max_new_tokens=config.max_new_tokens,
             stop=config.generation_stop,
         )

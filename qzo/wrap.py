@@ -6,13 +6,14 @@ codes or permuted the scales are refused: what they hold is no longer what a che
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -62,12 +63,16 @@ def wrap(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def checkpoint_of(model: PreTrainedModel, folder: Path) -> Checkpoint:
-    """Return the checkpoint of a model; a wrapped model is written to ``folder`` first."""
+    """Return the checkpoint of a model; a wrapped model is written to ``folder`` first.
+
+    A checkpoint that is in ``folder`` already has to be that of the model.
+    """
     checkpoint: Checkpoint | None = getattr(model, "qzo_checkpoint", None)
     if checkpoint is None:
         if not folder.exists():
             save_base(model, folder)
         checkpoint = open_checkpoint(folder)
+        _check_base(model, checkpoint)
         model.qzo_checkpoint = checkpoint  # type: ignore[assignment]  # no tensor or module
     return checkpoint
 
@@ -82,22 +87,40 @@ def tokenizer_of(model: PreTrainedModel) -> Any:
 
 def save_base(model: PreTrainedModel, folder: Path) -> None:
     """Write a wrapped model as a pre-quantized checkpoint of its format."""
-    layers = {layer.name: layer for layer in quant_linears(model)}
     with new_folder(folder) as partial:
         writer = CheckpointWriter(partial)
-        for name, tensor in _unquantized(model).items():
+        for name, tensor in _tensors(model):
             writer.add(name, tensor)
-        for layer in layers.values():
-            for key, tensor in layer.stored.items():
-                writer.add(key, tensor)
-            if layer.bias is not None:
-                writer.add(f"{layer.name}.bias", layer.bias)
         writer.close()
         write_json(partial / "config.json", _config(model))
         if model.generation_config is not None:
             model.generation_config.save_pretrained(partial)
         with suppress(CheckpointError):  # without a tokenizer the export has none either
             tokenizer_of(model).save_pretrained(partial)
+
+
+def _check_base(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
+    for name, tensor in _tensors(model):
+        stored = checkpoint.tensors[name] if name in checkpoint.tensors.files else None
+        is_same = (
+            stored is not None
+            and stored.dtype == tensor.dtype
+            and torch.equal(stored, tensor.cpu())
+        )
+        if not is_same:
+            raise CheckpointError(
+                f"{checkpoint.folder}: expected the base of this model, found another {name}; "
+                "choose another output_dir"
+            )
+
+
+def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """Return all tensors of a wrapped model by their names in a checkpoint of its format."""
+    yield from _unquantized(model).items()
+    for layer in quant_linears(model):
+        yield from layer.stored.items()
+        if layer.bias is not None:
+            yield f"{layer.name}.bias", layer.bias
 
 
 def _unquantized(model: PreTrainedModel) -> dict[str, Tensor]:

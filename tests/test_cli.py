@@ -261,9 +261,9 @@ def test_plan_takes_a_float_model_as_it_is_to_be(qzo: Run, place: Place, tmp_pat
     ran = qzo(*options, "--format", "nf4", "--coordinates", "relative")
     assert ran.code == 0, ran.err
     found = ran.value["quantization"]
-    assert (found["format"], found["bits"], found["group_size"]) == ("nf4", 4, 64)
+    assert (found["format"], found["bits"], found["group_size"]) == ("nf4", 4, 32)
     found = qzo(*options, "--bits", "3").value["quantization"]
-    assert (found["format"], found["bits"], found["group_size"]) == ("gptq", 3, 128)
+    assert (found["format"], found["bits"], found["group_size"]) == ("gptq", 3, 32)
     refused = qzo("plan", place.base, "--group-size", "32")
     assert "expected none of them for a checkpoint that is quantized already" in refused.err
 
@@ -341,6 +341,42 @@ def test_quantize_writes_a_checkpoint(qzo: Run, tmp_path: Path, options: tuple[s
     assert ran.code == 0, ran.err
     assert ran.value["num_layers"] == 7
     assert qzo("inspect", tmp_path / "out", "--json").value["num_layers"] == 7
+
+
+def test_train_quantizes_a_float_model_once_and_takes_no_other_base(
+    qzo: Run, place: Place, tmp_path: Path
+) -> None:
+    for name in ("float", "other"):
+        model: Any = tiny_model(intermediate=128)
+        model.save_pretrained(tmp_path / name)
+        write_tokenizer(tmp_path / name)
+    run, base = tmp_path / "run", tmp_path / "run" / "base"
+    keys = {"quantize": "nf4", "lr_scheduler_type": "constant", "resume_from_checkpoint": True}
+    recipe = write_recipe(tmp_path / "r.yaml", tmp_path / "float", place.data, run, **keys)
+
+    assert qzo("train", recipe, "--json").value["steps"] == 3
+    made = (base / "model.safetensors").stat().st_mtime_ns
+    assert qzo("train", recipe, "max_steps=4", "--json").value["steps"] == 4
+    assert (base / "model.safetensors").stat().st_mtime_ns == made
+
+    def refusal(*changes: str) -> str:
+        ran = qzo("train", recipe, "max_steps=5", *changes)
+        assert ran.code == 1
+        return ran.err.strip()
+
+    found = f"found what was made from {tmp_path / 'float'} as nf4"
+    hint = "choose another output_dir, or remove this folder"
+    assert refusal("quantize=gptq") == (
+        f"qzo: {base}: expected {tmp_path / 'float'} as gptq, {found}; {hint}"
+    )
+    assert refusal(f"model={tmp_path / 'other'}") == (
+        f"qzo: {base}: expected {tmp_path / 'other'} as nf4, {found}; {hint}"
+    )
+    (run / "base_origin.json").unlink()
+    assert refusal() == (
+        f"qzo: {base}: expected {tmp_path / 'float'} as nf4, found what was made from "
+        f"something that no base_origin.json names; {hint}"
+    )
 
 
 def test_completions_are_learned_through_the_command_line(

@@ -18,7 +18,7 @@ from qzo.encoding import Candidate, EncodedExample
 from qzo.errors import ConfigError, DataError
 from qzo.evaluate import Evaluation, evaluate, mean_and_error
 from qzo.examples import ExampleSet, from_records, from_task
-from qzo.generation import generate
+from qzo.generation import Generator, generate
 from qzo.linear import Live
 from qzo.model import load_tokenizer, quant_linears
 from qzo.tasks import load_task
@@ -255,7 +255,8 @@ def test_generated_answers_are_scored_up_to_the_line_end(
     tokens = tokenizer(" x z\ny", add_special_tokens=False)["input_ids"]
     monkeypatch.setattr(model, "generate", Writer(tokens))
 
-    result = evaluate(model, live_of(model), data, batch_size=2, tokenizer=tokenizer)
+    live = live_of(model)
+    result = evaluate(model, live, data, batch_size=2, generator=Generator(model, tokenizer, live))
 
     assert result.f1 == 0.5  # one of two words, both ways
     assert result.f1_se == 0.0

@@ -156,6 +156,28 @@ def test_nothing_of_a_generation_stays_behind(model: Any, tokenizer: Any) -> Non
     assert [len(module._forward_pre_hooks) for module in model.modules()] == hooks
 
 
+@pytest.mark.parametrize(("max_length", "kept"), [(None, 56), (6, 6), (60, 56)])
+def test_a_prompt_is_cut_on_the_left_to_the_length_and_to_the_room_there_is(
+    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, max_length: int | None, kept: int
+) -> None:
+    prompt = "a fine film " * 10
+    tokens = tokenizer(prompt)["input_ids"]
+    assert len(tokens) > 64
+    assert tokens[0] == tokenizer.bos_token_id
+    told: list[list[list[int]]] = []
+
+    def generated(rows: torch.Tensor, **_: Any) -> torch.Tensor:
+        told.append(rows.tolist())
+        return rows
+
+    monkeypatch.setattr(model, "generate", generated)
+    generator = Generator(model, tokenizer, max_length=max_length, max_new_tokens=8)
+
+    generator.write([[prompt]])
+
+    assert told == [[[tokens[0], *tokens[1 - kept :]]]]
+
+
 def test_a_generator_needs_room_for_a_prompt(model: Any, tokenizer: Any) -> None:
     message = r"^max_new_tokens: expected less than the model's 64 positions, got 64$"
     with pytest.raises(ConfigError, match=message):

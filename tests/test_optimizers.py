@@ -7,7 +7,7 @@ import torch
 from qzo.direction_settings import DirectionSettings
 from qzo.directions import directions
 from qzo.errors import CheckpointError
-from qzo.optimizers import OPTIMIZERS, Optimizer, make_optimizer
+from qzo.optimizers import OPTIMIZERS, REMEMBERED, Optimizer, make_optimizer
 from qzo.probes import DirectionalDerivative, Probe
 from qzo.scales import Scales
 
@@ -106,6 +106,21 @@ def test_an_optimizer_descends_on_a_quadratic(name: str) -> None:
         optimizer.step(scales, [derivative], rate)
 
     assert float((scales.values - target).square().sum()) < 0.85 * before
+
+
+@pytest.mark.parametrize("name", sorted(OPTIMIZERS))
+def test_an_optimizer_remembers_as_much_as_is_planned(name: str) -> None:
+    scales, optimizer = new_scales(name), make_optimizer(name, {})
+    optimizer.aim(scales)
+    optimizer.step(scales, derivatives_of(0), 0.01)
+
+    large = [size for size in map(torch.numel, optimizer.state().values()) if size > 2]
+
+    assert set(REMEMBERED) < set(OPTIMIZERS)
+    if name == "lozo_momentum":  # as many a row as the rank
+        assert 0 < sum(large) <= len(scales)
+    else:
+        assert sum(large) == REMEMBERED.get(name, 0) * len(scales)
 
 
 @pytest.mark.parametrize("name", sorted(OPTIMIZERS))

@@ -15,6 +15,7 @@ import qzo
 from quantizers.errors import FormatError
 from qzo import parts
 from qzo.bench.batches import random_examples
+from qzo.checkpoint import open_checkpoint
 from qzo.errors import CheckpointError, ConfigError
 from qzo.examples import from_encoded
 from qzo.footprint import assumed_quantization
@@ -22,6 +23,8 @@ from qzo.memory import parse_memory
 from qzo.model import trained_layers
 from qzo.objective import Objective
 from qzo.planner import Plan, plan
+from qzo.quantize import quantize
+from qzo.quantize_settings import QuantizeSettings
 from qzo.scales import Scales
 from qzo.shapes import build_skeleton
 from qzo.trace import backward_bytes_per_row
@@ -338,6 +341,57 @@ def test_without_a_memory_there_is_no_verdict(tmp_path: Path) -> None:
     assert plan(write_config(tmp_path, TOY, GPTQ)).verdict is None
 
 
+@pytest.mark.parametrize("block", [32, 64, 128])
+def test_the_block_of_a_bitsandbytes_checkpoint_is_that_of_its_files(
+    tmp_path: Path, block: int
+) -> None:
+    tiny_model().save_pretrained(tmp_path / "float")
+    settings = QuantizeSettings(format="nf4", group_size=block)
+    quantize(tmp_path / "float", tmp_path / "nf4", settings)
+
+    # 64 or 96 inputs a row: blocks above 32 cross rows, so scales are trained one by one
+    result = plan(tmp_path / "nf4", coordinates="relative", seq_len=8)
+
+    stored = open_checkpoint(tmp_path / "nf4")
+    assert result.quantization.group_size == block
+    assert result.num_scales == sum(stored.weight(layer).scales.numel() for layer in stored.layers)
+    assumed = assumed_quantization("nf4", group_size=block)
+    of_float = plan(tmp_path / "float", assumed=assumed, coordinates="relative", seq_len=8)
+    assert of_float.parts == result.parts
+    if block == 32:
+        usual = plan(tmp_path / "float", assumed=assumed_quantization("nf4"), seq_len=8)
+        assert usual.quantization.group_size == 32  # what quantize makes of it
+
+
+@pytest.mark.parametrize(("optimizer", "remembered"), [("sgd", 0), ("momentum", 1), ("adam", 2)])
+def test_what_an_optimizer_remembers_counts(
+    tmp_path: Path, optimizer: str, remembered: int
+) -> None:
+    folder = write_config(tmp_path, TOY, GPTQ)
+    result = plan(folder, coordinates="relative", optimizer=optimizer)
+
+    assert sizes(result)["optimizer"] == remembered * 4 * result.num_scales
+    assert (
+        result.peak_bytes - plan(folder, coordinates="relative").peak_bytes
+        == (sizes(result)["optimizer"])
+    )
+
+
+@pytest.mark.parametrize(
+    ("keys", "count"),
+    # two blocks of four layers of 256 x 256 and three of 256 x 512; keys and values of five tokens
+    [({"lora_rank": 4}, 4 * 2 * (4 * 512 + 3 * 768)), ({"prefix_tokens": 5}, 5 * 2 * 2 * 256)],
+)
+def test_lora_factors_and_prefixes_count_with_their_moments(
+    tmp_path: Path, keys: dict[str, Any], count: int
+) -> None:
+    folder = write_config(tmp_path, TOY, GPTQ)
+    result = plan(folder, num_probes=4, optimizer="adam", **keys)
+
+    assert sizes(result)["LoRA or prefix"] == 4 * count + 4 * 4 * count  # and four shifted ones
+    assert sizes(result)["optimizer"] == 2 * 4 * count
+
+
 def test_every_part_is_listed_and_explained(tmp_path: Path) -> None:
     result = plan(write_config(tmp_path, TOY, NF4), dtype="float16", coordinates="relative")
 
@@ -348,6 +402,8 @@ def test_every_part_is_listed_and_explained(tmp_path: Path) -> None:
         "un-nested scales",
         "g_idx",
         "master",
+        "LoRA or prefix",
+        "optimizer",
         "embeddings",
         "head",
         "norms, biases, other",
@@ -511,7 +567,7 @@ def test_another_format_is_refused_by_name(tmp_path: Path) -> None:
 def test_assuming_a_format_for_a_quantized_checkpoint_is_refused(tmp_path: Path) -> None:
     message = (
         r"^format, bits, group_size: expected none of them for a checkpoint that is quantized "
-        r"already, got nf4 4 64; leave them out$"
+        r"already, got nf4 with 4 bits; leave them out$"
     )
     with pytest.raises(ConfigError, match=message):
         plan(write_config(tmp_path, TOY, GPTQ), assumed=assumed_quantization("nf4"))
@@ -524,7 +580,7 @@ def test_assuming_a_format_for_a_quantized_checkpoint_is_refused(tmp_path: Path)
         (("gptq", 5), r"^bits: expected one of \(2, 3, 4, 8\) for gptq, got 5$"),
         (("nf4", 8), r"^bits: expected one of \(4,\) for nf4, got 8$"),
         (("gptq", 4, -2), r"^group_size: expected a number above 0, got -2$"),
-        (("nf4", 4, 128), r"^group_size: expected 64 for nf4, got 128$"),
+        (("nf4", 4, 48), r"^group_size: expected one of \(32, 64, .*, 4096\) for nf4, got 48$"),
     ],
 )
 def test_assumed_quantization_refuses_what_does_not_exist(

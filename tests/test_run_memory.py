@@ -50,6 +50,17 @@ def test_as_many_evaluations_take_as_much_memory(base: Path) -> None:
     assert of(estimator="rloo", num_directions=3) < want
 
 
+def test_the_optimizer_and_what_is_trained_instead_of_scales_count(base: Path) -> None:
+    def of(**zo: Any) -> int:
+        return planned(base, [read(base, RECORDS)], zo={**SPSA, **zo})[1]
+
+    plain = of()
+    values = len(open_checkpoint(base).layers)  # of at least one value each
+    assert of(optimizer="adam") - plain == 2 * (of(optimizer="momentum") - plain) > 8 * values
+    assert plain < of(tuned="lora", lora_rank=1) < of(tuned="lora", lora_rank=2)
+    assert plain < of(tuned="prefix", prefix_tokens=1) < of(tuned="prefix", prefix_tokens=2)
+
+
 def test_the_reference_loss_of_a_run_without_an_evaluation_set_counts(base: Path) -> None:
     data = read(base, RECORDS)
     few, many = (planned(base, [data], per_device_eval_batch_size=n, zo=SPSA) for n in (1, 64))

@@ -15,7 +15,7 @@ import qzo
 from qzo.checkpoint import open_checkpoint
 from qzo.errors import CheckpointError
 from qzo.model import quant_linears
-from qzo.wrap import save_base
+from qzo.wrap import checkpoint_of, save_base
 
 # Weights are bitwise the same and all is computed in float32: only the order of sums differs.
 TOLERANCE = 1e-5
@@ -154,6 +154,27 @@ def test_a_wrapped_model_is_trained_and_exported(tmp_path: Path, options: dict[s
     # absmax * multiplier is rounded once more in the file: a few 2**-24 of a weight
     assert relative_error(logits_of(qzo.load(tmp_path / "out")), tuned) < TOLERANCE
     assert relative_error(logits_of(load_bnb(tmp_path / "out")), tuned) < TOLERANCE
+
+
+def test_the_base_of_a_run_is_written_once_and_not_taken_for_another_model(tmp_path: Path) -> None:
+    base = tmp_path / "run" / "base"
+    model = wrapped(tmp_path / "float")
+    assert checkpoint_of(model, base).folder == base
+    written = (base / "config.json").stat().st_mtime_ns
+
+    again = wrapped(tmp_path / "float")
+    assert checkpoint_of(again, base).codes_sha256() == checkpoint_of(model, base).codes_sha256()
+    assert (base / "config.json").stat().st_mtime_ns == written
+
+    other = wrapped(tmp_path / "float")
+    layer = quant_linears(other)[1]
+    key = f"{layer.name}.weight.absmax"
+    layer.stored[key] = layer.stored[key] * 2
+    with pytest.raises(CheckpointError) as error:
+        checkpoint_of(other, base)
+    assert str(error.value) == (
+        f"{base}: expected the base of this model, found another {key}; choose another output_dir"
+    )
 
 
 def test_a_trained_export_can_be_wrapped_again(tmp_path: Path) -> None:

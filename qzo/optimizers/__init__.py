@@ -21,7 +21,7 @@ from qzo.optimizers.optimizer import Optimizer
 from qzo.optimizers.sgd import SGD
 from qzo.optimizers.sign import Sign
 
-__all__ = ["OPTIMIZERS", "Optimizer", "make_optimizer"]
+__all__ = ["OPTIMIZERS", "REMEMBERED", "Optimizer", "make_optimizer"]
 
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "sgd": SGD,
@@ -34,6 +34,9 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "conservative": SGD,
     "lozo_momentum": LOZOMomentum,
 }
+
+# Numbers that an optimizer remembers for every trained value, at most; the others none.
+REMEMBERED = {"momentum": 1, "adam": 2, "hizoo": 1, "conmezo": 1, "lozo_momentum": 1}
 
 
 def make_optimizer(name: str, settings: Mapping[str, Any]) -> Optimizer:
