@@ -76,7 +76,7 @@ def visit_blocks(
         CheckpointError: The model's forward leaves blocks out.
     """
     _, blocks = find_blocks(model)
-    num_samples = tokens.shape[0]
+    num_samples, num_heads = len(tokens), model.config.get_text_config().num_attention_heads
 
     def forward(index: int, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         block = blocks[index].to(device=device, dtype=torch.float32)
@@ -86,7 +86,7 @@ def visit_blocks(
             last_outputs.clear()
             for start in range(0, num_samples, batch_size):
                 rows = slice(start, start + batch_size)
-                batch = _select((args, kwargs), rows, num_samples, device)
+                batch = _select((args, kwargs), rows, num_samples, num_heads, device)
                 last_outputs.append(_to_cpu(original(*batch[0], **batch[1])))
 
         visit(index, block, run)
@@ -141,13 +141,20 @@ def _replaced_forwards(blocks: nn.ModuleList, forward: Callable[..., Any]) -> It
             del block.forward  # the class's own is visible again
 
 
-def _select(tree: Any, rows: slice, num_samples: int, device: torch.device) -> Any:
-    """Take some samples of every tensor that has an axis for them; floats become fp32."""
+def _select(tree: Any, rows: slice, num_samples: int, num_heads: int, device: torch.device) -> Any:
+    """Take some samples of every tensor that has an axis for them; floats become fp32.
+
+    Bloom's ALiBi has one axis for samples and heads.
+    """
 
     def select(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        part = value[rows] if value.dim() > 1 and len(value) == num_samples else value
+        part = value
+        if value.dim() > 1 and len(value) == num_samples:
+            part = value[rows]
+        elif value.dim() > 2 and len(value) == num_samples * num_heads:
+            part = value[rows.start * num_heads : rows.stop * num_heads]
         return part.to(device=device, dtype=torch.float32 if part.is_floating_point() else None)
 
     return tree_map(select, tree)

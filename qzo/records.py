@@ -110,13 +110,24 @@ def read_json(path: Path) -> Any:
     Raises:
         DataError: The file cannot be read or is not JSON.
     """
+    text = read_text(path)
     try:
-        return json.loads(read_text(path))
+        return _parse(text)
     except json.JSONDecodeError as error:
         raise DataError(
             f"{path}: expected JSON, got {error.msg!r} in line {error.lineno}; "
             "a file with one object per line must be named .jsonl"
         ) from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: expected JSON, got {str(error)!r}; correct the file") from error
+
+
+def _parse(text: str) -> Any:
+    """Parse JSON; where a half of a surrogate pair stands alone, that is a ValueError too."""
+    value = json.loads(text)
+    if "\\u" in text:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    return value
 
 
 def _read_json_list(path: Path) -> list[Record]:
@@ -142,7 +153,7 @@ def _read_json_lines(path: Path) -> list[Record]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = _parse(line)
         except (ValueError, RecursionError) as error:
             reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
             raise DataError(
@@ -210,7 +221,7 @@ def _read_parquet(path: Path) -> list[Record]:
                 size += sum(_decoded_bytes(column) for column in batch.columns)
                 _check_size(path, size)
                 records += batch.to_pylist()
-    except (OSError, pyarrow.ArrowInvalid) as error:
+    except (OSError, ValueError, OverflowError, pyarrow.ArrowException) as error:
         reason = str(error).partition("\n")[0]
         raise DataError(
             f"{path}: expected a Parquet file, got {reason!r}; write the file again"

@@ -170,7 +170,11 @@ def _checked(reward: RewardFunction, question: Question, text: str) -> float:
             f"{reward_name(reward)}: expected a number for the output {text[:40]!r}, got "
             f"{type(value).__name__}"
         )
-    return float(value) if math.isfinite(value) else math.nan
+    try:
+        number = float(value)
+    except OverflowError:  # an integer beyond all floats
+        return math.nan
+    return number if math.isfinite(number) else math.nan
 
 
 def _described(error: Exception) -> str:

@@ -10,6 +10,7 @@ import shutil
 import signal
 import statistics
 from collections.abc import Mapping
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from support.runs import json_lines, tiny_checkpoint, write_lines
 
 from qzo.bench import cells as cells_module
 from qzo.bench.cell_results import reached
-from qzo.bench.cells import forwards_per_step
+from qzo.bench.cells import forwards_per_step, write_tuning_data
 from qzo.bench.converge import converge
 from qzo.bench.converge_report import loss_figure, table, write_report
 from qzo.bench.suite import read_suite, with_keys
@@ -180,6 +181,46 @@ def test_tuning_sees_neither_the_reported_set_nor_examples_that_it_trains_on(
     assert not parts[0] & parts[1]
     assert parts[0] | parts[1] == {r["prompt"] for r in json_lines(data / "train.jsonl")}
     assert not parts[1] & {r["prompt"] for r in json_lines(data / "validation.jsonl")}
+
+
+def test_texts_of_the_same_attributes_are_held_out_together(base: Path, tmp_path: Path) -> None:
+    names = [f"name[{letter}]" for letter in "abcdefghijklmnopqrst"]
+    rows = [f"{name},text {number} of it" for number in range(3) for name in names]
+    for name in ("train", "eval"):
+        (tmp_path / f"{name}.csv").write_text("\n".join(["mr,ref", *rows]) + "\n")
+    keys = suite_keys(base, tmp_path)
+    keys["tasks"] = {
+        "restaurants": {
+            **{"task": "e2e", "model": str(base), "per_device_train_batch_size": 3},
+            **{"data": str(tmp_path / "train.csv"), "eval_data": str(tmp_path / "eval.csv")},
+        }
+    }
+    suite = read_suite(write_suite(tmp_path / "suite.yaml", keys))
+
+    write_tuning_data(suite, tmp_path, suite.tasks[0])
+
+    place = tmp_path / "tuning" / "restaurants"
+    held_out, trained = (json_lines(place / f"{n}.jsonl") for n in ("held-out", "train"))
+    assert len(held_out) == 2 * 3  # a tenth of the 20 sets of attributes, with all their texts
+    assert len(trained) == 18 * 3
+    assert not {record["mr"] for record in held_out} & {record["mr"] for record in trained}
+
+
+def test_dates_of_a_parquet_file_do_not_stop_the_tuning(base: Path, tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    given = [{**record, "day": date(2026, 1, 2)} for record in records("abcdefghijklmnopqrst")]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(given), tmp_path / "train.parquet")
+    keys = suite_keys(base, tmp_path)
+    task = keys["tasks"]["films"]
+    keys["tasks"]["films"] = {**task, "data": str(tmp_path / "train.parquet"), "eval_data": "none"}
+    suite = read_suite(write_suite(tmp_path / "suite.yaml", keys))
+
+    write_tuning_data(suite, tmp_path, suite.tasks[0])
+
+    held_out = json_lines(tmp_path / "tuning" / "films" / "held-out.jsonl")
+    assert [record["day"] for record in held_out] == ["2026-01-02"] * 2
 
 
 def test_the_table_shows_mean_and_error(done: Path) -> None:

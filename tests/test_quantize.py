@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BloomConfig,
+    BloomForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     OPTConfig,
@@ -24,6 +26,7 @@ import qzo.model
 from quantizers.errors import FormatError
 from quantizers.gptq_algorithm import Hessian, gptq
 from quantizers.rounding import round_to_nearest
+from qzo.blocks import captured_inputs, linear_layers, visit_blocks
 from qzo.calibration import samples_of_model
 from qzo.errors import CheckpointError, ConfigError, DataError
 from qzo.quantize import quantize
@@ -381,6 +384,31 @@ def test_quantize_copies_tokenizer_and_licence_but_no_weights_and_no_code(tmp_pa
     assert names == ours | copied | {"tokenizer.json", "tokenizer_config.json"}
     for name in copied:
         assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
+
+
+def test_alibi_goes_with_its_samples_where_a_block_takes_several_batches() -> None:
+    """Bloom's has one axis for samples and heads."""
+    config = BloomConfig(vocab_size=40, hidden_size=32, n_layer=2, n_head=4)
+    tokens = torch.arange(5 * 8).view(5, 8)
+
+    def inputs(batch_size: int) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = BloomForCausalLM(config)
+        seen: list[Tensor] = []
+
+        def visit(_index: int, block: nn.Module, run: Any) -> None:
+            with captured_inputs(linear_layers(block), lambda _, x: seen.append(x.flatten(0, 1))):
+                run()
+
+        visit_blocks(model, tokens, visit, device=torch.device("cpu"), batch_size=batch_size)
+        return seen
+
+    whole, parts = inputs(5), inputs(2)
+    assert len(parts) == 3 * len(whole) == 3 * 2 * 4
+    for number, layer in enumerate(whole):
+        block, place = divmod(number, 4)
+        joined = torch.cat([parts[(block * 3 + batch) * 4 + place] for batch in range(3)])
+        torch.testing.assert_close(joined, layer)
 
 
 @pytest.mark.parametrize("calibration", [None, [TEXT], "file"])

@@ -137,6 +137,33 @@ def test_read_records_names_the_line_of_bad_json(tmp_path: Path) -> None:
         read_records(path)
 
 
+DEEP = "[" * 100_000 + "]" * 100_000
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [(r'"\ud800"', r"surrogates not allowed"), (DEEP, r"recursion"), ("1" * 5000, r"4300 digits")],
+    ids=["surrogate", "deep", "long"],
+)
+def test_read_records_refuses_json_that_nothing_can_use(
+    tmp_path: Path, value: str, reason: str
+) -> None:
+    lines, whole = tmp_path / "rows.jsonl", tmp_path / "rows.json"
+    lines.write_text('{"text": "x"}\n{"text": ' + value + "}\n")
+    whole.write_text('[{"text": ' + value + "}]")
+
+    message = rf"^{lines}: expected one JSON object per line, got .*{reason}.* in line 2; .*$"
+    with pytest.raises(DataError, match=message):
+        read_records(lines)
+    with pytest.raises(DataError, match=rf"^{whole}: expected JSON, got .*{reason}.*; .*$"):
+        read_records(whole)
+
+
+def test_read_records_takes_a_whole_surrogate_pair(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(r'{"text": "\ud83d\ude00"}' + "\n")
+    assert read_records(tmp_path / "rows.jsonl") == [{"text": "\U0001f600"}]
+
+
 def test_read_records_names_the_line_that_is_no_object(tmp_path: Path) -> None:
     path = write(tmp_path / "data.jsonl", '{"text": "a"}\n["b"]\n')
     message = (
@@ -242,6 +269,17 @@ def test_read_records_refuses_parquet_that_unpacks_to_far_more(tmp_path: Path, k
         "them as JSONL"
     )
     assert growth < 150_000_000
+
+
+def test_read_records_refuses_parquet_values_that_python_does_not_have(tmp_path: Path) -> None:
+    texts = pyarrow.array([b"x", b"\xff"]).cast(pyarrow.binary())
+    text = pyarrow.Array.from_buffers(pyarrow.string(), 2, texts.buffers())
+    far = pyarrow.array([2**62], pyarrow.int64()).cast(pyarrow.timestamp("s"))
+    for number, column in enumerate((text, far)):
+        path = tmp_path / f"{number}.parquet"
+        pyarrow.parquet.write_table(pyarrow.table({"text": column}), path)
+        with pytest.raises(DataError, match=rf"^{path}: expected a Parquet file, got .*; .*$"):
+            read_records(path)
 
 
 def test_read_records_keeps_texts_that_repeat(tmp_path: Path) -> None:

@@ -112,7 +112,8 @@ def test_a_reward_sees_prompt_output_and_record() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "want"), [(True, 1.0), (2, 2.0), (np.float32(0.5), 0.5), (-math.inf, math.nan)]
+    ("value", "want"),
+    [(True, 1.0), (2, 2.0), (np.float32(0.5), 0.5), (-math.inf, math.nan), (10**400, math.nan)],
 )
 def test_any_real_number_is_a_reward(value: Any, want: float) -> None:
     judge = make_judge("reward", ExampleSet([], "language_modeling"), lambda *_: value)

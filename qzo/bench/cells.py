@@ -8,7 +8,7 @@ of a conservative step cost, more where the method's batch is larger than the ta
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -188,34 +188,47 @@ def _examples_of_step(config: Recipe) -> int:
 def write_tuning_data(suite: Suite, folder: Path, task: TaskEntry) -> dict[str, str]:
     """Return the data keys of the runs that tune; training examples are held out into two files.
 
+    Rows that an evaluation joins to one question are on one side.
+
     Raises:
         ConfigError: There are too few to hold some out.
     """
     if task.tuning_eval_data is not None:
         return {"eval_data": task.tuning_eval_data}
-    records = _training_records(task.fragment)
-    num_eval = min(suite.num_eval_examples, len(records) // _PART_HELD_OUT)
+    records, keys = _training_records(task.fragment)
+    questions = list(dict.fromkeys(keys))
+    num_eval = min(suite.num_eval_examples, len(questions) // _PART_HELD_OUT)
     if num_eval == 0:
         raise ConfigError(
             f"tasks.{task.name}.data: expected at least {_PART_HELD_OUT} training examples, of "
-            f"which some are held out for tuning, got {len(records)}; name tuning_eval_data"
+            f"which some are held out for tuning, got {len(questions)}; name tuning_eval_data"
         )
-    train_part, held_out = hold_out(records, num_eval=num_eval, seed=_HOLD_OUT_SEED)
+    held_out = set(hold_out(questions, num_eval=num_eval, seed=_HOLD_OUT_SEED)[1])
     place = folder / _TUNING / task.name
     place.mkdir(parents=True, exist_ok=True)
-    for name, part in (("train", train_part), ("held-out", held_out)):
-        lines = "".join(json.dumps(record) + "\n" for record in part)
+    for name in ("train", "held-out"):
+        is_held_out = name == "held-out"
+        part = [r for r, k in zip(records, keys, strict=True) if (k in held_out) == is_held_out]
+        lines = "".join(
+            json.dumps(record, default=str) + "\n" for record in part
+        )  # dates of Parquet
         write_bytes(place / f"{name}.jsonl", lines.encode("utf-8"))
     return {"data": str(place / "train.jsonl"), "eval_data": str(place / "held-out.jsonl")}
 
 
-def _training_records(fragment: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+def _training_records(
+    fragment: Mapping[str, Any],
+) -> tuple[Sequence[Mapping[str, Any]], Sequence[Hashable]]:
+    """Return the training examples of a task, and for each what names its question."""
     name, data = fragment.get("task"), fragment.get("data")
     is_one = data is not None and is_file(data)
     if name is None:
-        return list(load_records(str(data), None if is_one else "train"))
+        records = load_records(str(data), None if is_one else "train")
+        return records, range(len(records))
     task = load_task(name, None if is_one else data)
-    return examples_from_file(task, str(data), "train") if is_one else task.examples("train")
+    examples = examples_from_file(task, str(data), "train") if is_one else task.examples("train")
+    is_joined = task.source.group is not None
+    return examples, [*map(task.prompt, examples)] if is_joined else range(len(examples))
 
 
 def check_unchanged(cell: Cell) -> None:
