@@ -274,7 +274,7 @@ def test_read_records_refuses_parquet_that_unpacks_to_far_more(tmp_path: Path, k
 def test_read_records_refuses_parquet_values_that_python_does_not_have(tmp_path: Path) -> None:
     texts = pyarrow.array([b"x", b"\xff"]).cast(pyarrow.binary())
     text = pyarrow.Array.from_buffers(pyarrow.string(), 2, texts.buffers())
-    far = pyarrow.array([2**62], pyarrow.int64()).cast(pyarrow.timestamp("s"))
+    far = pyarrow.array([2**62], pyarrow.int64()).cast(pyarrow.timestamp("us"))
     for number, column in enumerate((text, far)):
         path = tmp_path / f"{number}.parquet"
         pyarrow.parquet.write_table(pyarrow.table({"text": column}), path)
