@@ -35,6 +35,7 @@ class BetweenSteps:
         events: Tells callbacks.
         ranks: The processes of the run.
         evaluate: Evaluates the present scales; None without evaluation data.
+        eval_data: The digest of these data.
 
     Attributes:
         metrics: Of the run; of the first process only.
@@ -51,6 +52,7 @@ class BetweenSteps:
         events: Events,
         ranks: Ranks,
         evaluate: Callable[[], Evaluation] | None,
+        eval_data: str | None,
     ) -> None:
         self._config, self._journal, self._scales, self._exact = config, journal, scales, exact
         self._snapshots, self._events, self._ranks = snapshots, events, ranks
@@ -58,7 +60,8 @@ class BetweenSteps:
         self._window = Window()
         self._forwards = 0.0  # of a batch, up to now
         if ranks.is_first:
-            self.metrics = Metrics(journal.path.with_name(METRICS_NAME), journal.next_step)
+            path = journal.path.with_name(METRICS_NAME)
+            self.metrics = Metrics(path, journal.next_step, eval_data)
             self._forwards = self.metrics.forwards or exact.profile_forwards
 
     def begin(self) -> None:
@@ -131,7 +134,7 @@ class BetweenSteps:
         if best is None or cost < best[1]:  # before it is noted: a stop repeats both
             self._snapshots.write("best", step)
         line = {f"eval_{key}": value for key, value in result.to_dict().items()}
-        self.metrics.append({"step": step, **line})
+        self.metrics.append_evaluation(step, line)
         self._events.tell("evaluate", step, metrics=line)
         return result
 

@@ -122,6 +122,27 @@ def new_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+@contextmanager
+def replaced_folder(target: Path) -> Iterator[Path]:
+    """Give a temporary folder that takes the place of ``target`` when it is complete.
+
+    Raises:
+        WriteError: It cannot be written; what was there before is intact.
+    """
+    complete = target.with_name(f".{target.name}.complete")
+    remove(complete)
+    try:
+        with new_folder(complete) as partial:
+            yield partial
+        remove(target)
+        complete.rename(target)
+        sync(target.parent)
+    except WriteError as error:
+        raise WriteError(target, error.error) from error
+    except OSError as error:
+        raise WriteError(target, error) from error
+
+
 def remove(folder: Path) -> None:
     """Remove a folder if it exists."""
     shutil.rmtree(folder, ignore_errors=True)

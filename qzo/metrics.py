@@ -13,6 +13,7 @@ from qzo.files import WriteError, parse_json, write_bytes
 from qzo.probes import DirectionalDerivative
 
 NAME = "metrics.jsonl"
+DATA_KEY = "evaluated_on"  # the digest of the data
 CLOSING_KEY = "changed_fraction"  # of the line that a finished run ends with
 
 
@@ -56,11 +57,16 @@ class Metrics:
     """The file.
 
     When a run continues, lines beyond ``next_step`` and the closing line of an earlier end are
-    dropped.
+    dropped. Evaluations on other data than those of now stay, but are not compared with.
+
+    Args:
+        path: The file.
+        next_step: Of the run.
+        data: The digest of the evaluation data.
     """
 
-    def __init__(self, path: Path, next_step: int) -> None:
-        self.path = path
+    def __init__(self, path: Path, next_step: int, data: str | None = None) -> None:
+        self.path, self._data = path, data
         lines = [line for line in _read(path) if line["step"] <= next_step]
         self.lines = [line for line in lines if CLOSING_KEY not in line]
         if path.exists():
@@ -98,7 +104,7 @@ class Metrics:
     def best(self, *, by_reward: bool = False) -> tuple[int, float] | None:
         """Return step and loss of the best evaluation so far, or minus its reward."""
         key, sign = ("eval_reward", -1) if by_reward else ("eval_loss", 1)
-        evaluated = [line for line in self.lines if line.get(key) is not None]
+        evaluated = [line for line in self._evaluations if line.get(key) is not None]
         if not evaluated:
             return None
         line = min(evaluated, key=lambda line: sign * line[key])
@@ -106,7 +112,17 @@ class Metrics:
 
     def has_evaluation(self, step: int) -> bool:
         """Tell whether this step was evaluated."""
-        return any("eval_loss" in line and line["step"] == step for line in self.lines)
+        return any(line["step"] == step for line in self._evaluations)
+
+    def append_evaluation(self, step: int, numbers: Mapping[str, Any]) -> None:
+        """Add a line for an evaluation."""
+        self.append({"step": step, **numbers, DATA_KEY: self._data})
+
+    @property
+    def _evaluations(self) -> list[dict[str, Any]]:
+        """Those on the data of now; a line that names none is taken for one."""
+        lines = [line for line in self.lines if "eval_loss" in line]
+        return [line for line in lines if line.get(DATA_KEY, self._data) == self._data]
 
 
 def _clean(value: Any) -> Any:

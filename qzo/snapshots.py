@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from qzo.errors import CheckpointError
-from qzo.files import new_folder, read_json, remove, write_json
+from qzo.files import read_json, remove, replaced_folder, write_json
 from qzo.first_order import FirstOrder
 from qzo.optimizers import Optimizer
 from qzo.scales import Scales
@@ -101,8 +101,7 @@ class Snapshots:
         remembered = {_FIRST_ORDER_PREFIX + key: tensor for key, tensor in exact.items()}
         remembered |= self._optimizer.state()
         state = Snapshot(step, scales.values, remembered, scales.fingerprint())
-        remove(self.folder / name)
-        with new_folder(self.folder / name) as partial:
+        with replaced_folder(self.folder / name) as partial:
             save_snapshot(partial, state)
 
     def write_numbered(self, step: int, *, limit: int) -> bool:

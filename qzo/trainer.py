@@ -155,6 +155,7 @@ class Trainer:
             events=self._events,
             ranks=ranks,
             evaluate=None if self.eval_set is None else self.evaluate,
+            eval_data=None if self.eval_set is None else self.eval_set.sha256(),
         )
         self._training_steps = TrainingSteps(
             config,

@@ -26,10 +26,12 @@ from support.runs import (
 from transformers import TrainerCallback
 
 import qzo
+from qzo import snapshots as snapshots_module
 from qzo import trainer as trainer_module
 from qzo.between_steps import BetweenSteps
 from qzo.errors import CheckpointError, ConfigError, QZOError
 from qzo.evaluate import evaluate
+from qzo.files import write_json
 from qzo.model import load_tokenizer
 from qzo.objective import Objective
 from qzo.optimizers.sgd import SGD
@@ -37,7 +39,7 @@ from qzo.recipe_file import recipe
 from qzo.result import StoppedError
 from qzo.run import data_sets
 from qzo.scales import Scales
-from qzo.snapshots import Snapshots
+from qzo.snapshots import Snapshots, read_snapshot
 from qzo.trainer import Trainer
 
 EVALUATION = RECORDS[:4]
@@ -630,6 +632,45 @@ def test_the_best_scales_are_kept(
     assert result.after.loss == 1.0
     assert json.loads((tmp_path / "run" / "adapter_config.json").read_text())["step"] == 4
     assert qzo.replay(tmp_path / "run").steps == 4
+
+
+def test_evaluations_on_other_data_are_not_compared_with(
+    base: Path, tmp_path: Path, eval_losses: Callable[[list[float]], None]
+) -> None:
+    keys: dict[str, Any] = {"lr_scheduler_type": "constant", "eval_steps": 2}
+    eval_losses([3.0, 0.5, 0.5, 0.5])  # at 0, 2, at the end, of the reference
+    tiny_trainer(base, tmp_path / "run", evaluation=EVALUATION, max_steps=2, **keys).train()
+    keys |= {"resume_from_checkpoint": True, "max_steps": 6}
+    other = tiny_trainer(base, tmp_path / "run", evaluation=RECORDS[4:], **keys)
+    eval_losses([2.5, 2.0, 3.0, 2.0, 2.0])  # at 2 again, 4 and 6, at the end, of the reference
+
+    result = other.train()
+
+    assert result.best_step == 4  # worse than 0.5, on other data
+    evaluated = [line for line in logged(tmp_path / "run") if "eval_loss" in line]
+    assert [line["step"] for line in evaluated] == [0, 2, 2, 4, 6]
+    assert len({line["evaluated_on"] for line in evaluated[:2]}) == 1
+    assert len({line["evaluated_on"] for line in evaluated[1:]}) == 2
+
+
+def test_the_best_snapshot_stays_where_a_better_one_cannot_be_written(
+    base: Path, tmp_path: Path, eval_losses: Callable[[list[float]], None]
+) -> None:
+    folder = tmp_path / "run"
+    trainer = tiny_trainer(base, folder, evaluation=EVALUATION, eval_steps=2)
+    eval_losses([3.0, 2.0, 1.0, 1.5, 1.0, 1.0])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(snapshots_module, "write_json", after_calls(write_json, 2))
+        with pytest.raises(StopError):
+            trainer.train()
+    assert read_snapshot(folder / "best").step == 2
+
+    again = tiny_trainer(
+        base, folder, evaluation=EVALUATION, eval_steps=2, resume_from_checkpoint=True
+    )
+    eval_losses([1.0, 1.5, 1.0, 1.0])
+    assert again.train().best_step == 4
+    assert not list(folder.glob(".best*"))
 
 
 def test_a_run_is_evaluated_after_the_steps_of_a_list(base: Path, tmp_path: Path) -> None:
