@@ -52,8 +52,17 @@ def _summary(base: str, adapter: Mapping[str, Any]) -> str:
     return (
         f"Only the quantization scales{also} differ from `{base}`; the 4-bit codes are byte for "
         f"byte the same. {number} values were trained in {adapter['coordinates']} "
-        f"coordinates for {steps} steps with forward passes only (QZO, arXiv 2505.13430)."
+        f"coordinates for {steps} steps {_means(adapter)} (QZO, arXiv 2505.13430)."
     )
+
+
+def _means(adapter: Mapping[str, Any]) -> str:
+    exact = adapter.get("num_values_by_exact_gradients", 0)
+    if exact == 0:
+        return "with forward passes only"
+    if exact == adapter["num_trained_values"]:
+        return "with exact gradients"
+    return f"with exact gradients for {exact} of them and forward passes only for the others"
 
 
 def _evaluation_lines(path: Path) -> list[str]:

@@ -251,7 +251,13 @@ def adapter_config(header: Mapping[str, Any], checkpoint: Checkpoint, step: int)
         "step": step,
         "num_trained_values": header["num_values"],
         "qzo_version": header["qzo_version"],
+        **_exact_values(header),
         **({"unquantized": unquantized} if unquantized else {}),
         **({"prefix": {"num_tokens": prefixes[0].shape[1]}} if prefixes else {}),
         **lora_config(sections),
     }
+
+
+def _exact_values(header: Mapping[str, Any]) -> dict[str, int]:
+    part = header.get("first_order")
+    return {} if part is None else {"num_values_by_exact_gradients": part["num_values"]}

@@ -86,6 +86,25 @@ def test_a_replay_without_the_model_is_exact(straight: dict[str, Path], name: st
     assert (result.steps, result.num_fingerprints, result.adapter) == (STEPS, 1, "equal")
 
 
+@pytest.mark.parametrize(
+    ("name", "means"),
+    [
+        (
+            "hybrid",
+            "with exact gradients for [0-9]+ of them and forward passes only for the others",
+        ),
+        ("all", "with exact gradients"),
+        ("forward", "with forward passes only"),
+    ],
+)
+def test_the_card_says_what_was_moved_by_exact_gradients(
+    straight: dict[str, Path], tmp_path: Path, name: str, means: str
+) -> None:
+    qzo.export(straight[name], tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert re.search(rf" values were trained in row coordinates for {STEPS} steps {means} \(", card)
+
+
 def stopped_at(count: int, function: Callable[..., Any]) -> Callable[..., Any]:
     calls = iter(range(10**6))
 
