@@ -1,3 +1,4 @@
+import io
 import json
 import math
 from dataclasses import dataclass
@@ -5,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from safetensors.torch import load_file
 from support.command import Run, command, write_recipe
 from support.models import tiny_model
@@ -17,11 +19,13 @@ from support.runs import (
     write_lines,
     write_tokenizer,
 )
+from transformers import TrainerControl, TrainerState, TrainingArguments
 from typer.main import get_command
 
 from qzo.checks import Check, Status
 from qzo.cli import app
 from qzo.doctor import Report
+from qzo.progress import ProgressCallback
 
 
 @dataclass(frozen=True)
@@ -275,6 +279,19 @@ def test_train_shows_progress_on_stderr(qzo: Run, place: Place, tmp_path: Path) 
 
     assert "step 2/3  loss " in ran.err
     assert "step" not in ran.out.splitlines()[0].partition(" ")[0]
+
+
+def test_the_time_left_counts_the_steps_of_this_call_alone() -> None:
+    shown = Console(file=io.StringIO(), width=200)
+    callback = ProgressCallback(shown)
+    arguments, control = TrainingArguments("unused"), TrainerControl()
+    with callback:
+        callback.on_train_begin(arguments, TrainerState(global_step=90, max_steps=100), control)
+        state = TrainerState(global_step=92, max_steps=100)
+        callback.on_log(arguments, state, control, logs={"loss": 1.0, "seconds": 4.0})
+
+    text: str = shown.file.getvalue()  # type: ignore[attr-defined]
+    assert text.startswith("step 92/100  loss 1.0000  derivative nan  clipped 0%  16 s left\n")
 
 
 def test_replay_writes_an_earlier_step(qzo: Run, place: Place, tmp_path: Path) -> None:

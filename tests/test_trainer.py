@@ -22,6 +22,7 @@ from support.runs import (
     tiny_checkpoint,
     tiny_recipe,
     tiny_trainer,
+    write_lines,
 )
 from transformers import TrainerCallback
 
@@ -918,3 +919,16 @@ def test_a_task_in_one_file_is_not_evaluated_on_what_it_trains_on(
         data_sets(made, load_tokenizer(base))
     train_set, _ = data_sets(made.model_copy(update={"num_eval_examples": 0}), load_tokenizer(base))
     assert len(train_set.examples) == 8
+
+
+def test_data_and_eval_data_may_lie_in_the_home_folder(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_lines(tmp_path / "train.jsonl", RECORDS)
+    write_lines(tmp_path / "eval.jsonl", RECORDS[:3])
+    keys = {"data": "~/train.jsonl", "eval_data": "~/eval.jsonl"}
+
+    sets = data_sets(tiny_recipe(base, tmp_path / "run", **keys), load_tokenizer(base))
+
+    assert [len(data.examples) for data in sets if data is not None] == [8, 3]
