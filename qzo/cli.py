@@ -156,6 +156,9 @@ def plan(
     first_order_blocks: Annotated[
         int, typer.Option(help="Last blocks with exact gradients, as zo.first_order_blocks.")
     ] = 0,
+    modules: Annotated[
+        list[str] | None, typer.Option(help="A name in zo.modules; may be repeated.")
+    ] = None,
     optimizer: Annotated[str, typer.Option(help="As zo.optimizer.")] = "sgd",
     as_json: AsJSON = False,
 ) -> None:
@@ -178,6 +181,7 @@ def plan(
             evaluations=num_probes,
             dtype=dtype,
             first_order_blocks=first_order_blocks,
+            modules=modules or None,
             optimizer=optimizer,
         )
         if as_json:

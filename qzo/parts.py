@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 
-import torch
-
 from qzo.coordinates import BY_FACTORS, num_values
 from qzo.footprint import (
     Quantization,
@@ -25,6 +23,7 @@ from qzo.linear import TILE_ELEMENTS
 from qzo.mapped import TILE_ELEMENTS as HEAD_TILE_ELEMENTS
 from qzo.optimizers import REMEMBERED
 from qzo.shapes import LinearShape, ModelShapes
+from qzo.workload import DTYPES, Differentiated, Trained, Workload
 
 TILE_STEP = 32  # rows; a tile has a multiple of them
 WINDOW = 2**18  # elements of one shifted vector at one time
@@ -45,8 +44,6 @@ KEPT_BYTES_MAX = 110 * 2**20
 BACKWARD_SHARE = 0.45
 CUDA_ALLOWANCE_BYTES = 2**30
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
 
 @dataclass(frozen=True)
 class Part:
@@ -65,69 +62,14 @@ class Part:
     streams: bool = False
 
 
-@dataclass(frozen=True)
-class Workload:
-    """What one training step is asked to do.
-
-    Attributes:
-        batch_size: Examples of a step.
-        seq_len: Tokens an example, padding included.
-        answer_len: Positions an example whose logits are needed.
-        coordinates: What is trained: ``row`` (a number an output row), ``column`` (a number a group
-            of inputs), ``rank_one`` (both), ``relative`` or
-            ``absolute`` (a number a scale).
-        num_probes: Forwards stacked on the batch.
-        first_order_blocks: Last blocks with exact gradients.
-        optimizer: What moves the trained values.
-        lora_rank: Of factors that are trained instead of the scales; 0 for none.
-        prefix_tokens: Of a prefix that is trained instead of the scales; 0 for none.
-        dtype: Type of activations and of the weights that are not quantized. float32 is the CPU
-            path, the 16-bit types are the CUDA path.
-    """
-
-    batch_size: int = 16
-    seq_len: int = 512
-    answer_len: int = 16
-    coordinates: str = "row"
-    num_probes: int = 2
-    dtype: str = "float32"
-    first_order_blocks: int = 0
-    optimizer: str = "sgd"
-    lora_rank: int = 0
-    prefix_tokens: int = 0
-
-    @property
-    def device(self) -> str:
-        """Where this runs: ``cpu`` or ``cuda``."""
-        return "cpu" if self.dtype == "float32" else "cuda"
-
-    @property
-    def num_rows(self) -> int:
-        """Rows of the stacked batch."""
-        return self.num_probes * self.batch_size
-
-
-@dataclass(frozen=True)
-class Differentiated:
-    """What gets exact gradients.
-
-    Attributes:
-        linears: Layers of the last blocks.
-        row_bytes: Of the graph of one row of the batch, at the peak of its backward.
-    """
-
-    linears: Sequence[LinearShape]
-    row_bytes: int
-
-
 def all_parts(
     shapes: ModelShapes,
     quantization: Quantization,
     workload: Workload,
     row_bytes: int,
     *,
+    trained: Trained,
     stored_dtype: str,
-    prefix_values: int = 0,
     differentiated: Differentiated | None = None,
 ) -> tuple[Part, ...]:
     """List every part, always in the same order, those of zero bytes included.
@@ -137,26 +79,23 @@ def all_parts(
         quantization: How its codes and scales are stored.
         workload: What the step does.
         row_bytes: Activations of one row of the stacked batch.
+        trained: What is trained.
         stored_dtype: Of what is not quantized, in the files.
-        prefix_values: Keys and values of a prefix.
         differentiated: What gets exact gradients, if anything does.
     """
     forward = workload.num_rows * row_bytes
-    num_scales_trained = num_trained(shapes.linears, quantization, workload.coordinates)
-    instead = prefix_values + workload.lora_rank * sum(
-        layer.out_features + layer.in_features for layer in shapes.linears
-    )
+    of_scales = num_trained(trained.linears, quantization, workload.coordinates)
     return (
         *_file_parts(shapes, quantization, workload.device),
-        _master(num_scales_trained, workload.coordinates),
-        _instead_of_scales(instead, workload.num_probes),
-        _optimizer(instead or num_scales_trained, workload.optimizer),
+        _master(of_scales, workload.coordinates),
+        _instead_of_scales(trained.num_instead, workload.num_probes),
+        _optimizer(of_scales + trained.num_instead, workload.optimizer),
         *_float_parts(shapes, workload, stored_dtype),
         _tile(shapes, quantization, workload, stored_dtype),
         _activations(workload, row_bytes),
         _logits(workload, shapes.vocab_size, row_bytes),
         _backward(differentiated, quantization, workload, shapes.vocab_size, forward=forward),
-        _directions(shapes, quantization, workload),
+        _directions(shapes, trained, quantization, workload),
         _framework(quantization, workload, row_bytes),
     )
 
@@ -349,17 +288,17 @@ def _backward(
     return Part("backward", max(kept - forward, 0) + 16 * trained + tile, formula)
 
 
-def _directions(shapes: ModelShapes, quantization: Quantization, workload: Workload) -> Part:
+def _directions(
+    shapes: ModelShapes, trained: Trained, quantization: Quantization, workload: Workload
+) -> Part:
     """Count the window of shifted vectors, and one layer's scales in fp32 for each probe.
 
     Where rows and columns are multiplied, every example has a direction of its own.
     """
     is_by_factors = workload.coordinates in BY_FACTORS
     probes = workload.num_rows if is_by_factors else workload.num_probes
-    trained = [
-        num_trained((layer,), quantization, workload.coordinates) for layer in shapes.linears
-    ]
-    window = probes * min(sum(trained), max(WINDOW, *trained))
+    counts = [num_trained((x,), quantization, workload.coordinates) for x in trained.linears]
+    window = probes * min(sum(counts), max([WINDOW, *counts]))
     most = max(num_scales(layer, quantization) for layer in shapes.linears)
     copies = 1 + (workload.num_probes if workload.coordinates == "relative" else 0)
     formula = (

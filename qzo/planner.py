@@ -5,7 +5,7 @@
 an upper bound: the logits exist when the activations of the last layer are already gone.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -31,8 +31,9 @@ from qzo.footprint import (
     with_group_size,
     zeros_bytes,
 )
+from qzo.model import trained_blocks
 from qzo.optimizers import OPTIMIZERS
-from qzo.parts import DTYPES, Differentiated, Part, Workload, all_parts, num_trained
+from qzo.parts import Part, all_parts, num_trained
 from qzo.probes import stacked_probes
 from qzo.shapes import (
     ModelShapes,
@@ -42,6 +43,7 @@ from qzo.shapes import (
     values_of_token,
 )
 from qzo.trace import activation_bytes_per_row, backward_bytes_per_row
+from qzo.workload import DTYPES, Differentiated, Trained, Workload
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,9 @@ def plan(
     optimizer: str = "sgd",
     lora_rank: int = 0,
     prefix_tokens: int = 0,
+    modules: Sequence[str] | None = None,
+    num_blocks: int | None = None,
+    depth: tuple[float, float] | None = None,
     assumed: Quantization | None = None,
 ) -> Plan:
     """Plan the memory of a training step from a config.json; weights are not read.
@@ -120,11 +125,13 @@ def plan(
         evaluations: Of an example in a step; where given, as many probes are stacked as training
             stacks of them, more with a smaller batch. ``num_probes`` is not read then.
         dtype: See ``Workload``.
-        first_order_blocks: See ``Workload``; at most the blocks there are. All their quantized
-            layers are taken to be trained.
+        first_order_blocks: See ``Workload``; at most the blocks there are.
         optimizer: See ``Workload``.
-        lora_rank: See ``Workload``; all quantized layers are taken to have factors.
-        prefix_tokens: See ``Workload``.
+        lora_rank: See ``Workload``; of the layers that are chosen.
+        prefix_tokens: See ``Workload``; in all layers.
+        modules: See ``Workload``.
+        num_blocks: See ``Workload``.
+        depth: See ``Workload``.
         assumed: Quantization of a model that has none yet; GPTQ with 4 bits if None.
 
     Raises:
@@ -144,6 +151,9 @@ def plan(
         optimizer=optimizer,
         lora_rank=lora_rank,
         prefix_tokens=prefix_tokens,
+        modules=None if modules is None else tuple(modules),
+        num_blocks=num_blocks,
+        depth=depth,
     )
     _check_workload(workload)
     config_path = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
@@ -197,7 +207,8 @@ def _plan(
     quantization = with_group_size(quantization, shapes.linears)
     _check_rows(shapes, quantization, workload.coordinates)
     row_bytes = activation_bytes_per_row(model, workload.seq_len)
-    differentiated = _differentiated(model, shapes, workload)
+    trained = _trained(model, shapes, workload)
+    differentiated = _differentiated(model, trained, workload)
 
     @cache
     def parts(batch_size: int) -> tuple[Part, ...]:
@@ -209,8 +220,8 @@ def _plan(
             quantization,
             replace(workload, batch_size=batch_size, num_probes=num_probes),
             row_bytes,
+            trained=trained,
             stored_dtype=_stored_dtype(config),
-            prefix_values=workload.prefix_tokens * values_of_token(model.config),
             differentiated=differentiated,
         )
 
@@ -227,7 +238,8 @@ def _plan(
         device=workload.device,
         num_quantized_weights=sum(x.out_features * x.in_features for x in shapes.linears),
         num_scales=sum(num_scales(layer, quantization) for layer in shapes.linears),
-        num_trained=num_trained(shapes.linears, quantization, workload.coordinates),
+        num_trained=trained.num_instead
+        + num_trained(trained.linears, quantization, workload.coordinates),
         checkpoint_bytes=_checkpoint_bytes(shapes, quantization, config),
         parts=parts(workload.batch_size),
         peak_bytes=peak(workload.batch_size),
@@ -240,8 +252,35 @@ def _plan(
     )
 
 
+def _trained(model: PreTrainedModel, shapes: ModelShapes, workload: Workload) -> Trained:
+    """Choose the layers as ``qzo.model.trained_layers`` does.
+
+    Raises:
+        ConfigError: There are none.
+    """
+    name, blocks = find_blocks(model)
+    first, stop = trained_blocks(len(blocks), workload.num_blocks, workload.depth)
+    inside = tuple(f"{name}.{place}." for place in range(first, stop))
+    ends = (*inside, head_name(model)) if stop == len(blocks) else inside
+    modules = workload.modules
+    linears = [
+        layer
+        for layer in shapes.linears
+        if layer.name.startswith(ends)
+        if modules is None or any(part in layer.name for part in modules)
+    ]
+    if not linears:
+        raise ConfigError(
+            f"modules: expected a part of a layer's name, such as {shapes.linears[-1].name!r}, "
+            f"got {', '.join(modules or ())!r}"
+        )
+    num_instead = workload.prefix_tokens * values_of_token(model.config)
+    num_instead += workload.lora_rank * sum(x.out_features + x.in_features for x in linears)
+    return Trained(() if num_instead else linears, num_instead)
+
+
 def _differentiated(
-    model: PreTrainedModel, shapes: ModelShapes, workload: Workload
+    model: PreTrainedModel, trained: Trained, workload: Workload
 ) -> Differentiated | None:
     count = workload.first_order_blocks
     if count == 0:
@@ -252,7 +291,7 @@ def _differentiated(
             f"first_order_blocks: expected 0 to {len(blocks)}, the blocks there are, got {count}"
         )
     places = tuple(f"{name}.{place}." for place in range(len(blocks) - count, len(blocks)))
-    linears = [layer for layer in shapes.linears if layer.name.startswith(places)]
+    linears = [layer for layer in trained.linears if layer.name.startswith(places)]
     if not linears:
         return None
     names = [layer.name for layer in linears]

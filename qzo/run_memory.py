@@ -14,12 +14,12 @@ from qzo.estimators import evaluations_per_example, make_estimator
 from qzo.examples import ExampleSet
 from qzo.free_memory import available_bytes
 from qzo.memory import parse_memory
-from qzo.parts import DTYPES
 from qzo.planner import plan
 from qzo.probes import STACKED_TOKENS
 from qzo.rewards import WRITTEN
 from qzo.shapes import values_of_token
 from qzo.streaming import Budget
+from qzo.workload import DTYPES
 
 _SMALL = 0.5  # of the memory: a checkpoint that is smaller is not planned before it is loaded
 
@@ -76,6 +76,9 @@ def planned_bytes(
         optimizer=recipe.zo.optimizer,
         lora_rank=recipe.zo.lora_rank if recipe.zo.tuned == "lora" else 0,
         prefix_tokens=recipe.zo.prefix_tokens if recipe.zo.tuned == "prefix" else 0,
+        modules=recipe.zo.lora_modules if recipe.zo.tuned == "lora" else recipe.zo.modules,
+        num_blocks=recipe.zo.num_blocks,
+        depth=recipe.zo.depth,
     )
     probes = _evaluations(recipe)
     rows = _stacked_rows(recipe, sets, probes, longest)

@@ -1,6 +1,7 @@
 """The planner against plain arithmetic, and against files that the original tools wrote."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -361,6 +362,55 @@ def test_the_block_of_a_bitsandbytes_checkpoint_is_that_of_its_files(
     if block == 32:
         usual = plan(tmp_path / "float", assumed=assumed_quantization("nf4"), seq_len=8)
         assert usual.quantization.group_size == 32  # what quantize makes of it
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"modules": ["v_proj", "o_proj"]},
+        {"num_blocks": 1},
+        {"depth": (0.0, 0.5)},
+        {"depth": (0.4, 1.0), "modules": ["down_proj"]},
+        {},
+    ],
+)
+def test_as_many_values_are_planned_as_are_trained(tmp_path: Path, keys: dict[str, Any]) -> None:
+    write_gptq(tmp_path, tiny_model(num_layers=3), VARIANT)
+    layers = trained_layers(
+        qzo.load(tmp_path), keys.get("num_blocks"), keys.get("modules"), depth=keys.get("depth")
+    )
+    rows = sum(layer.out_features for layer in layers)
+
+    result = plan(tmp_path, seq_len=8, **keys)
+
+    assert result.num_trained == rows
+    assert sizes(result)["master"] == 4 * rows
+    assert plan(tmp_path, seq_len=8, optimizer="momentum", **keys).peak_bytes == (
+        result.peak_bytes + 4 * rows
+    )
+
+
+def test_a_backward_through_fewer_trained_layers_keeps_less(tmp_path: Path) -> None:
+    folder = write_config(tmp_path, TOY, GPTQ)
+    plan_of = partial(plan, folder, num_probes=1, seq_len=512, first_order_blocks=1)
+    names = [f"model.layers.1.self_attn.{name}" for name in ("v_proj", "o_proj")]
+    kept = backward_bytes_per_row(build_skeleton(TOY, torch.float32), 512, names, "row")
+
+    few = plan_of(modules=["v_proj", "o_proj"])
+
+    assert f"({kept:,} bytes of the graph" in next(
+        part.formula for part in few.parts if part.name == "backward"
+    )
+    assert few.peak_bytes < plan_of().peak_bytes
+
+
+def test_a_name_of_no_layer_is_refused(tmp_path: Path) -> None:
+    message = (
+        r"^modules: expected a part of a layer's name, such as 'model\.layers\.1\.mlp\.down_proj', "
+        r"got 'c_attn'$"
+    )
+    with pytest.raises(ConfigError, match=message):
+        plan(write_config(tmp_path, TOY, GPTQ), modules=["c_attn"])
 
 
 @pytest.mark.parametrize(("optimizer", "remembered"), [("sgd", 0), ("momentum", 1), ("adam", 2)])

@@ -18,9 +18,9 @@ from qzo.bench.training_run import RunSettings, run_apart
 from qzo.checkpoint import dtype_name, open_checkpoint
 from qzo.files import read_json
 from qzo.memory import parse_memory
-from qzo.parts import DTYPES
 from qzo.planner import Plan, plan
 from qzo.shapes import build_skeleton, head_name, linear_shapes
+from qzo.workload import DTYPES
 
 PRODUCT_REPEATS = 3
 

@@ -1,0 +1,84 @@
+"""What a training step is asked to do, as its plan sees it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from qzo.shapes import LinearShape
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What one training step is asked to do.
+
+    Attributes:
+        batch_size: Examples of a step.
+        seq_len: Tokens an example, padding included.
+        answer_len: Positions an example whose logits are needed.
+        coordinates: What is trained: ``row`` (a number an output row), ``column`` (a number a group
+            of inputs), ``rank_one`` (both), ``relative`` or
+            ``absolute`` (a number a scale).
+        num_probes: Forwards stacked on the batch.
+        first_order_blocks: Last blocks with exact gradients.
+        optimizer: What moves the trained values.
+        lora_rank: Of factors that are trained instead of the scales; 0 for none.
+        prefix_tokens: Of a prefix that is trained instead of the scales; 0 for none.
+        modules: Only layers whose names hold one of these texts are trained; None for all.
+        num_blocks: Only the last so many blocks are trained; None for all.
+        depth: Or those from the first to before the second part of the depth, 0 to 1.
+        dtype: Type of activations and of the weights that are not quantized. float32 is the CPU
+            path, the 16-bit types are the CUDA path.
+    """
+
+    batch_size: int = 16
+    seq_len: int = 512
+    answer_len: int = 16
+    coordinates: str = "row"
+    num_probes: int = 2
+    dtype: str = "float32"
+    first_order_blocks: int = 0
+    optimizer: str = "sgd"
+    lora_rank: int = 0
+    prefix_tokens: int = 0
+    modules: tuple[str, ...] | None = None
+    num_blocks: int | None = None
+    depth: tuple[float, float] | None = None
+
+    @property
+    def device(self) -> str:
+        """Where this runs: ``cpu`` or ``cuda``."""
+        return "cpu" if self.dtype == "float32" else "cuda"
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the stacked batch."""
+        return self.num_probes * self.batch_size
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What is trained.
+
+    Attributes:
+        linears: Layers whose scales are.
+        num_instead: LoRA factors, or keys and values of a prefix, if these are instead.
+    """
+
+    linears: Sequence[LinearShape]
+    num_instead: int = 0
+
+
+@dataclass(frozen=True)
+class Differentiated:
+    """What gets exact gradients.
+
+    Attributes:
+        linears: Trained layers of the last blocks.
+        row_bytes: Of the graph of one row of the batch, at the peak of its backward.
+    """
+
+    linears: Sequence[LinearShape]
+    row_bytes: int
