@@ -40,22 +40,71 @@ def check_together(values: Recipe) -> None:
             f"zo.estimator: expected 'spsa' in {values.zo.coordinates!r} coordinates, got "
             f"'per_example', which needs one of {', '.join(BY_FACTORS)}"
         )
+    _check_unread(values.zo)
     _check_estimator(values)
     _check_optimizer(values.zo)
     _check_exact(values)
     _check_depth(values.zo)
+    _check_layer_scaling(values.zo)
     _check_tuned(values.zo)
+
+
+# Keys that another one decides about: with which of its values they are read.
+_READ_WITH: dict[str, tuple[str, tuple[object, ...]]] = {
+    **dict.fromkeys(
+        ("examples_per_direction", "sides", "normalize", "normalize_over"),
+        ("estimator", ("per_example",)),
+    ),
+    "momentum": ("optimizer", ("momentum", "lozo_momentum")),
+    "meazo_beta": ("optimizer", ("meazo",)),
+    "meazo_epsilon": ("optimizer", ("meazo",)),
+    "hizoo_alpha": ("optimizer", ("hizoo",)),
+    "conmezo_angle": ("optimizer", ("conmezo",)),
+    "conmezo_beta": ("optimizer", ("conmezo",)),
+    "layer_scaling_rule": ("layer_scaling", ("param_norm", "grad_norm")),
+    "first_order_share": ("first_order_layers", ("profile",)),
+    **dict.fromkeys(("lora_rank", "lora_alpha", "lora_modules"), ("tuned", ("lora",))),
+    "prefix_tokens": ("tuned", ("prefix",)),
+}
+
+
+def _check_unread(zo: ZOConfig) -> None:
+    """Refuse keys that say something where nothing reads them.
+
+    Raises:
+        ConfigError: There is such a key.
+    """
+    for key, (decider, with_values) in _READ_WITH.items():
+        if getattr(zo, decider) not in with_values and _is_set(zo, key):
+            readers = " or ".join(repr(value) for value in with_values)
+            raise ConfigError(
+                f"zo.{key}: expected {ZOConfig.model_fields[key].default!r} with "
+                f"{getattr(zo, decider)!r}, got {getattr(zo, key)!r}; only {readers} reads it"
+            )
+    of_adam = zo.optimizer == "adam" or (zo.has_first_order and zo.first_order_optimizer == "adam")
+    others = {
+        **dict.fromkeys(("adam_beta1", "adam_beta2", "adam_epsilon"), (of_adam, "adam")),
+        **dict.fromkeys(
+            ("first_order_optimizer", "first_order_learning_rate"),
+            (zo.has_first_order, "first-order blocks"),
+        ),
+        "unquantized_factor": (bool(zo.unquantized), "zo.unquantized"),
+        "normalize_over": (zo.normalize, "zo.normalize"),
+    }
+    for key, (is_read, reader) in others.items():
+        if not is_read and _is_set(zo, key):
+            raise ConfigError(
+                f"zo.{key}: expected {ZOConfig.model_fields[key].default!r} without {reader}, "
+                f"which reads it, got {getattr(zo, key)!r}"
+            )
+
+
+def _is_set(zo: ZOConfig, key: str) -> bool:
+    return bool(getattr(zo, key) != ZOConfig.model_fields[key].default)
 
 
 def _check_estimator(values: Recipe) -> None:
     zo = values.zo
-    for key in ("examples_per_direction", "sides", "normalize_over"):
-        default, got = ZOConfig.model_fields[key].default, getattr(zo, key)
-        if zo.estimator != "per_example" and got != default:
-            raise ConfigError(
-                f"zo.{key}: expected {default!r} with {zo.estimator!r}, got {got!r}; only "
-                "'per_example' reads it"
-            )
     make_estimator(zo.estimator, values.estimator_settings)  # checks them
 
 
@@ -74,6 +123,12 @@ def _check_optimizer(zo: ZOConfig) -> None:
             f"zo.estimator: expected {' or '.join(map(repr, allowed))} with the optimizer "
             f"{zo.optimizer!r}, {reason}, got {zo.estimator!r}"
         )
+    for key in ("sparsity", "blocks_per_step"):
+        if zo.optimizer == "conmezo" and getattr(zo, key) is not None:
+            raise ConfigError(
+                f"zo.{key}: expected none with the optimizer 'conmezo', whose momentum moves every "
+                f"value in every step, got {getattr(zo, key)}"
+            )
     if zo.optimizer == "conservative" and zo.num_directions != 1:
         raise ConfigError(
             "zo.num_directions: expected 1 with the optimizer 'conservative', which tries a step "
@@ -109,6 +164,11 @@ def _check_exact(values: Recipe) -> None:
             "memory_limit: expected none with exact derivatives, which need more memory than "
             f"forward passes, got {values.memory_limit!r}; leave it out, or choose another "
             "zo.estimator and no first-order blocks"
+        )
+    if zo.has_first_order and zo.blocks_per_step is not None:
+        raise ConfigError(
+            "zo.blocks_per_step: expected none with exact gradients, whose blocks would be among "
+            f"those that are chosen, got {zo.blocks_per_step}"
         )
     if zo.first_order_layers == "profile" and zo.first_order_blocks:
         raise ConfigError(
@@ -147,9 +207,40 @@ def _check_depth(zo: ZOConfig) -> None:
         )
 
 
+def _check_layer_scaling(zo: ZOConfig) -> None:
+    """Refuse to measure layers that directions leave alone.
+
+    Raises:
+        ConfigError: The recipe asks for it.
+    """
+    if zo.layer_scaling != "grad_norm":
+        return
+    left_alone = {
+        "zo.blocks_per_step": zo.blocks_per_step is not None,
+        "zo.sparsity": zo.sparsity is not None,
+        "zo.first_order_blocks": zo.has_first_order,
+    }
+    for key, is_set in left_alone.items():
+        if is_set:
+            raise ConfigError(
+                f"zo.layer_scaling: expected 'none' or 'param_norm' with {key}, got 'grad_norm', "
+                "which moves every layer to measure it"
+            )
+
+
 def _check_tuned(zo: ZOConfig) -> None:
     if zo.tuned == "scales":
         return
+    if zo.direction in {"lozo", "subzero"}:
+        raise ConfigError(
+            f"zo.direction: expected 'rademacher' or 'gaussian' with zo.tuned {zo.tuned!r}, got "
+            f"{zo.direction!r}, which factorizes matrices of scales"
+        )
+    if zo.mask == "magnitude":
+        raise ConfigError(
+            f"zo.mask: expected 'random' with zo.tuned {zo.tuned!r}, got 'magnitude', which is "
+            "that of scales"
+        )
     for key in ("unquantized", "modules", "stretch"):
         hint = "; use zo.lora_modules" if (zo.tuned, key) == ("lora", "modules") else ""
         if getattr(zo, key):

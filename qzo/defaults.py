@@ -16,8 +16,12 @@ from qzo.coordinates import BY_FACTORS
 from qzo.errors import ConfigError
 
 # What an estimator takes if the recipe names no learning rate: their steps differ in length.
-# per_example, normalised: recipes/LOG.md; absolute: the QZO paper; the others were not tuned.
-_SPSA_RATES = {"row": 3e-3, "column": 1e-2, "rank_one": 3e-3, "relative": 1e-3, "absolute": 1e-7}
+# per_example, normalised or not: recipes/LOG.md, BENCHMARKS.md; absolute: the QZO paper; lora and
+# prefix: MeZO, arXiv 2305.17333, its grids for OPT; the others were not tuned.
+_SPSA_RATES = {
+    **{"row": 3e-3, "column": 1e-2, "rank_one": 3e-3, "relative": 1e-3, "absolute": 1e-7},
+    **{"lora": 1e-4, "prefix": 1e-3},
+}
 _LEARNING_RATES = {
     ("leave_one_out", "row"): 3e-1,
     ("leave_one_out", "column"): 1e-1,
@@ -27,18 +31,25 @@ _LEARNING_RATES = {
     ("per_example", "row"): 5e-2,
     ("per_example", "column"): 5e-2,
     ("per_example", "rank_one"): 5e-2,
+    ("per_example", "lora"): 1e-2,
+    ("per_example", "prefix"): 1e-2,
+    ("per_example, as measured", "row"): 1e-2,
+    ("per_example, as measured", "column"): 3e-2,
+    ("per_example, as measured", "rank_one"): 1e-2,
+    ("per_example, as measured", "lora"): 3e-4,
+    ("per_example, as measured", "prefix"): 3e-3,
     ("fzoo", "row"): 5e-4,  # its derivatives are about 1 / epsilon
+    ("fzoo", "column"): 5e-4,
+    ("fzoo", "rank_one"): 5e-4,
     ("fzoo", "relative"): 2e-4,
     ("fzoo", "absolute"): 1e-8,
+    ("fzoo", "lora"): 1e-4,
+    ("fzoo", "prefix"): 1e-3,
     **{
-        (name, coordinates): rate
+        (name, place): rate
         for name in ("spsa", "one_sided", "rloo", "spsa_1_5", "forward_gradient")
-        for coordinates, rate in _SPSA_RATES.items()
+        for place, rate in _SPSA_RATES.items()
     },
-    ("per_example", "lora"): 1e-2,
-    ("spsa", "lora"): 1e-4,  # MeZO, arXiv 2305.17333, its grid for OPT
-    ("per_example", "prefix"): 1e-2,
-    ("spsa", "prefix"): 1e-3,  # as above, with this epsilon
 }
 
 _EPSILONS = {"prefix": 1e-1}  # MeZO, as above
@@ -60,8 +71,7 @@ _CHOICES_OF_LAYERS = {
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},  # see ``_default_zo``
-    "paper": {
-        "learning_rate": 1e-7,
+    "paper": {  # its learning rate, 1e-7, is that of absolute scales in the table above
         "lr_scheduler_type": "constant",
         "per_device_train_batch_size": 16,
         "stratified_batches": False,
@@ -93,9 +103,12 @@ def with_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
     tuned = zo.get("tuned", "scales")
     place = zo.get("coordinates", "row") if tuned == "scales" else tuned
     estimator = zo.get("estimator", "per_example")
-    if zo.get("sides") == "leave_one_out":
+    if estimator == "per_example" and zo.get("normalize") is False:
+        estimator = "per_example, as measured"
+    elif zo.get("sides") == "leave_one_out":
         estimator = "leave_one_out"
-    rate = next((r for key, r in _LEARNING_RATES.items() if key == (estimator, place)), 5e-2)
+    rates = (r for key, r in _LEARNING_RATES.items() if key == (estimator, place))
+    rate = next(rates, 5e-2)  # of names that are refused later
     zo = {**({"epsilon": _EPSILONS[place]} if place in _EPSILONS else {}), **zo}
     return {"learning_rate": rate, **defaults, **values, "zo": zo}
 

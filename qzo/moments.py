@@ -40,7 +40,8 @@ class Moments:
         averages = []
         for moment, beta, term in zip(self._moments, self._betas, (slope, slope**2), strict=True):
             part = moment[start:stop].mul_(beta).add_(term * (1 - beta))
-            averages.append(part / (1 - beta**self._num_steps))
+            # times the reciprocal: a quotient by a number is not rounded alike on all devices
+            averages.append(part * (1 / (1 - beta**self._num_steps)))
         mean, square = averages
         return torch.div(mean, square.sqrt() + self._epsilon)
 

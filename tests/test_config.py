@@ -1,12 +1,14 @@
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from qzo.config import Recipe, ZOConfig
+from qzo.coordinates import Coordinates
 from qzo.defaults import PRESETS
 from qzo.errors import ConfigError
+from qzo.estimators import ESTIMATORS
 from qzo.recipe_file import read_recipe, recipe
 
 SMALLEST = {"model": "base", "data": "reviews.jsonl", "output_dir": "runs/reviews"}
@@ -93,6 +95,77 @@ def test_preset_paper_is_section_4_1_of_the_paper() -> None:
     assert result.zo.max_loss_difference is not None
     assert result.zo.max_loss_difference / (2 * result.zo.epsilon) == pytest.approx(100)  # C
     assert result.zo.optimizer == "sgd"
+
+
+def test_every_choice_has_a_learning_rate_of_its_own() -> None:
+    """What a step multiplies differs by orders of magnitude; no choice falls back to another's."""
+    estimators: list[dict[str, Any]] = [{"estimator": name} for name in ESTIMATORS]
+    estimators += [{"sides": "leave_one_out"}, {"normalize": False}]
+    estimators += [{"sides": "leave_one_out", "normalize": False}]
+    places: list[dict[str, Any]] = [{"coordinates": name} for name in get_args(Coordinates)]
+    places += [{"tuned": "lora"}, {"tuned": "prefix"}]
+    count = 0
+    for zo in ({**estimator, **place} for estimator in estimators for place in places):
+        try:
+            rate = made(zo={"num_directions": 2, **zo}).learning_rate
+        except ConfigError:
+            continue  # they do not go together
+        count += 1
+        is_step_of_one = zo.get("estimator") == "per_example" and "tuned" not in zo
+        assert (rate == 5e-2) is is_step_of_one, zo
+    assert count >= 45
+
+
+@pytest.mark.parametrize(
+    ("zo", "rate"),
+    [
+        ({}, 1e-7),
+        ({"coordinates": "row"}, 3e-3),
+        ({"coordinates": "relative"}, 1e-3),
+        ({"tuned": "lora"}, 1e-4),
+        ({"estimator": "fzoo", "num_directions": 2}, 1e-8),
+    ],
+)
+def test_the_rate_of_preset_paper_is_that_of_its_scales(zo: dict[str, Any], rate: float) -> None:
+    assert made(preset="paper", zo=zo).learning_rate == rate
+
+
+UNREAD: list[tuple[dict[str, Any], str]] = [
+    ({"momentum": 0.5}, "zo.momentum: expected 0.9 with 'sgd', got 0.5; only 'momentum' or "
+        "'lozo_momentum' reads it"),
+    ({"estimator": "spsa", "normalize": False}, "zo.normalize: expected True with 'spsa', got "
+        "False; only 'per_example' reads it"),
+    ({"estimator": "spsa", "sides": "leave_one_out"}, "zo.sides: expected 'two' with 'spsa', got "
+        "'leave_one_out'; only 'per_example' reads it"),
+    ({"normalize": False, "normalize_over": "group"}, "zo.normalize_over: expected 'step' without "
+        "zo.normalize, which reads it, got 'group'"),
+    ({"layer_scaling_rule": "expectation"}, "zo.layer_scaling_rule: expected 'variance' with "
+        "'none', got 'expectation'; only 'param_norm' or 'grad_norm' reads it"),
+    ({"unquantized_factor": 3.0}, "zo.unquantized_factor: expected 1.0 without zo.unquantized, "
+        "which reads it, got 3.0"),
+    ({"first_order_learning_rate": 1e-2}, "zo.first_order_learning_rate: expected None without "
+        "first-order blocks, which reads it, got 0.01"),
+    ({"first_order_share": 0.1, "first_order_blocks": 1}, "zo.first_order_share: expected 0.5 with "
+        "'last', got 0.1; only 'profile' reads it"),
+    ({"adam_beta1": 0.5, "first_order_blocks": 1, "first_order_optimizer": "sgd",
+        "first_order_learning_rate": 1.0}, "zo.adam_beta1: expected 0.9 without adam, which reads "
+        "it, got 0.5"),
+    ({"lora_rank": 4}, "zo.lora_rank: expected 8 with 'scales', got 4; only 'lora' reads it"),
+    ({"prefix_tokens": 4, "tuned": "lora"}, "zo.prefix_tokens: expected 5 with 'lora', got 4; only "
+        "'prefix' reads it"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("zo", "message"), UNREAD)
+def test_a_key_that_nothing_reads_is_refused(zo: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        made(zo=zo)
+
+
+def test_adams_keys_are_read_by_its_first_order_part() -> None:
+    assert made(zo={"adam_beta1": 0.5, "first_order_blocks": 1}).zo.first_order_settings == {
+        **{"adam_beta1": 0.5, "adam_beta2": 0.999, "adam_epsilon": 1e-8}
+    }
 
 
 def test_all_presets_are_under_test() -> None:

@@ -10,7 +10,9 @@ import pytest
 
 from qzo.errors import ConfigError
 from qzo.estimators import ESTIMATORS, Estimator, evaluations_per_example, make_estimator
-from qzo.probes import Probe, basis_seed, direction_seed
+from qzo.estimators.averages import deviation, mean
+from qzo.estimators.per_example import normalized
+from qzo.probes import DirectionalDerivative, Probe, basis_seed, direction_seed
 
 COUNT = 4  # directions of every variant
 NUM_EXAMPLES = 4
@@ -476,6 +478,30 @@ def test_fzoo_takes_nothing_from_equal_losses() -> None:
 
     assert [d.value for d in derivatives if not math.isnan(d.value)] == [0.0, 0.0, 0.0]
     assert math.isnan(derivatives[1].value)
+
+
+@pytest.mark.parametrize("loss", [0.1, 0.2, 0.4, 0.8, -0.8])
+@pytest.mark.parametrize("count", [2, 3, 6, 8, 12])
+def test_equal_losses_say_nothing_at_any_count(loss: float, count: int) -> None:
+    """The mean of equal numbers is that number, although a rounded quotient may not be."""
+    assert mean([loss] * count) == loss
+    assert deviation([loss] * count) == 0
+
+    keys: dict[str, Any] = {"seed": 0, "epsilon": 0.01, "num_directions": count}
+    keys |= {"max_loss_difference": None, "basis_steps": None}
+    fzoo, rloo = make_estimator("fzoo", keys), make_estimator("rloo", keys)
+    grouped = {"num_examples": 4, "examples_per_direction": 2, "sides": "leave_one_out"}
+    over_step = make_estimator("per_example", {**keys, **grouped, "normalized_over": "step"})
+    over_group = make_estimator("per_example", {**keys, **grouped, "normalized_over": "group"})
+    for estimator in (fzoo, rloo, over_step, over_group):
+        probes = estimator.ask(0)
+        derivatives = estimator.tell(probes, [loss] * len(probes))
+        assert {d.value for d in derivatives} == {0.0}
+
+
+def test_derivatives_too_large_to_square_are_no_crash() -> None:
+    large = [DirectionalDerivative(seed, value, value) for seed, value in enumerate((1e200, 1.0))]
+    assert all(d.value == 0 for d in normalized(large))
 
 
 def test_fzoo_needs_two_finite_losses() -> None:

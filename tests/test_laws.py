@@ -495,6 +495,35 @@ def test_lozo_without_momentum_is_sgd_along_the_same_directions() -> None:
     assert moved.tolist() == [not STARTS[2] <= place < STARTS[3] for place in range(SIZE)]
 
 
+def test_lozo_momentum_keeps_the_average_of_a_section_as_it_is() -> None:
+    """The factor of a section is that of its steps, not of what is remembered."""
+    beta, rate, factor, size = 0.8, 0.01, 3.0, 5
+    direction, settings = LAWS["lozo"]
+    norm = Section("norm.weight", "norm", (size,), factor=factor)
+    scales = Scales(
+        NAMES,
+        [torch.ones(shape) for shape in SHAPES],
+        coordinates="relative",
+        direction=direction,
+        direction_settings=settings,
+        sections=(norm,),
+    )
+    start, average = scales.values[SIZE:].double().numpy(), np.zeros(size)
+    optimizer, want = LOZOMomentum(beta), start.copy()
+
+    for step in range(6):
+        derivatives = derivatives_at(step, 7)
+        optimizer.step(scales, derivatives, rate)
+        seeds = [d.seed for d in derivatives]
+        z = directions("gaussian", seeds, SIZE, SIZE + size, CPU).double().numpy()
+        news = [d.value * z[i] for i, d in enumerate(derivatives)]
+        average = beta * average + (1 - beta) * sum(news) / len(news)
+        want -= rate * factor * average
+
+    assert np.abs(want - start).max() > 0.01
+    np.testing.assert_allclose(scales.values[SIZE:].double().numpy(), want, atol=1e-5)
+
+
 @pytest.mark.parametrize("bases", [(3, 3, 3, 3), (3, 3, 2**64 - 5, 2**64 - 5)])
 def test_a_restored_lozo_momentum_goes_on_bitwise_across_bases(bases: tuple[int, ...]) -> None:
     straight, stopped = scales_of("lozo"), scales_of("lozo")
@@ -570,6 +599,21 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         "got 0"),
     ({"optimizer": "lozo_momentum"}, "zo.optimizer: expected 'lozo_momentum' with zo.direction "
         "'lozo' only, got 'rademacher'; use 'momentum'"),
+    ({**SPSA, "tuned": "lora", "direction": "lozo"}, "zo.direction: expected 'rademacher' or "
+        "'gaussian' with zo.tuned 'lora', got 'lozo', which factorizes matrices of scales"),
+    ({**SPSA, "tuned": "prefix", "sparsity": 0.5, "mask": "magnitude"}, "zo.mask: expected "
+        "'random' with zo.tuned 'prefix', got 'magnitude', which is that of scales"),
+    ({"blocks_per_step": 1, "first_order_blocks": 1}, "zo.blocks_per_step: expected none with "
+        "exact gradients, whose blocks would be among those that are chosen, got 1"),
+    ({"estimator": "spsa", "optimizer": "conmezo", "sparsity": 0.5}, "zo.sparsity: expected none "
+        "with the optimizer 'conmezo', whose momentum moves every value in every step, got 0.5"),
+    ({"estimator": "spsa", "optimizer": "conmezo", "blocks_per_step": 1}, "zo.blocks_per_step: "
+        "expected none with the optimizer 'conmezo', whose momentum moves every value in every "
+        "step, got 1"),
+    *(({**zo, "layer_scaling": "grad_norm"}, "zo.layer_scaling: expected 'none' or 'param_norm' "
+        f"with zo.{key}, got 'grad_norm', which moves every layer to measure it") for key, zo in {
+        "blocks_per_step": {"blocks_per_step": 1}, "sparsity": {"sparsity": 0.5},
+        "first_order_blocks": {"first_order_layers": "profile"}}.items()),
 ]  # fmt: skip
 
 

@@ -96,7 +96,7 @@ def rebuilt(run: Run, *, to_step: int | None = None) -> torch.Tensor:
 def test_all_coordinates_and_optimizers_are_under_test() -> None:
     zo = ESTIMATORS.values()
     assert {z.get("coordinates", "row") for z in zo} == set(get_args(Coordinates))
-    assert {z.get("optimizer", "sgd") for z in zo} == set(OPTIMIZERS) - {"sign"}  # as sgd
+    assert {z.get("optimizer", "sgd") for z in zo} == set(OPTIMIZERS)
 
 
 def test_the_journal_gives_bitwise_the_trained_scales(each: Run) -> None:

@@ -85,7 +85,7 @@ STATEFUL = ("momentum", "adam", "lozo_momentum", "meazo", "hizoo", "conmezo")
 
 
 def test_every_estimator_is_under_test() -> None:
-    assert {*COORDINATES, *STATEFUL, "conservative"} == set(ESTIMATORS)
+    assert {*COORDINATES, *STATEFUL, "conservative", "sign"} == set(ESTIMATORS)
 
 
 def saved(folder: Path) -> dict[str, Any]:

@@ -5,13 +5,17 @@ from collections.abc import Sequence
 
 
 def mean(values: Sequence[float]) -> float:
-    """Return the mean; NaN of nothing, infinity where the sum overflows."""
+    """Return the mean; NaN of nothing, infinity where the sum overflows.
+
+    It is never beyond the values, as a rounded quotient may be: that of equal ones is one of them.
+    """
     if not values:
         return math.nan
     try:
-        return math.fsum(values) / len(values)
+        result = math.fsum(values) / len(values)
     except OverflowError:
         return math.inf
+    return min(max(result, min(values)), max(values)) if math.isfinite(result) else result
 
 
 def deviation(values: Sequence[float]) -> float:

@@ -113,7 +113,7 @@ class PerExampleSPSA(Settings):
 
 def normalized(derivatives: Sequence[DirectionalDerivative]) -> list[DirectionalDerivative]:
     """Divide by the root mean square of those that are finite; zeros stay."""
-    squares = [d.value**2 for d in derivatives if math.isfinite(d.value)]
+    squares = [d.value * d.value for d in derivatives if math.isfinite(d.value)]
     if not any(squares):
         return list(derivatives)
     size = math.sqrt(mean(squares))

@@ -1,6 +1,6 @@
 """ConMeZO: directions lie in a cone around the momentum ``m`` of the estimates.
 
-With ``S`` values and the angle ``theta``, probes and steps use
+With ``S`` values that directions move and the angle ``theta``, probes and steps use
 
     ``z' = sqrt(S) cos(theta) m / |m| + sin(theta) z``
 
@@ -54,7 +54,8 @@ class ConMeZO:
         if self._momentum is None or size == 0:
             scales.directions.tilt = None
             return
-        along = math.sqrt(len(scales)) * math.cos(self.angle) / size
+        num_still = sum(stop - start for start, stop in scales.directions.still)
+        along = math.sqrt(len(scales) - num_still) * math.cos(self.angle) / size
         scales.directions.tilt = Tilt(self._momentum, along, math.sin(self.angle))
 
     def step(

@@ -128,7 +128,7 @@ def _wide(
 ) -> Float[Tensor, " length"]:
     part = law.parts[number]
     if part.shape is None:
-        return average
+        return average.clone()  # what shapes a step may write into it
     assert isinstance(law.low_rank, LOZO)
     z = law.low_rank.rows(average[None], basis, law.matrices[number], (0, part.shape[0]))
     return z.flatten()

@@ -60,8 +60,9 @@ ESTIMATORS: dict[str, dict[str, Any]] = {
         **{"stretch": {"o_proj": 0.5, "": 1.5}},
     },
     "conservative": {"estimator": "spsa", "optimizer": "conservative"},
+    "sign": {"optimizer": "sign", "num_directions": 2},
 }
-"""A ``zo`` block for every kind of coordinates, and for every optimizer with a state."""
+"""A ``zo`` block for every kind of coordinates, and for every optimizer."""
 
 MORE_ESTIMATORS: dict[str, dict[str, Any]] = {
     "one_sided": {"estimator": "one_sided", "num_directions": 2},
