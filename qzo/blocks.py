@@ -1,13 +1,14 @@
 """The decoder blocks of any transformers model, visited one at a time.
 
-The model's own forward runs once over all calibration tokens, with the forward of each block
-replaced by a visit. So every block gets the masks, positions and other arguments that the model
-gives it, whatever its architecture, while only one block computes at a time and in small batches.
-The forward is left after the last block; the head never runs.
+For every batch of calibration tokens the model's own forward runs up to a block; the blocks in
+front of it are replaced by what the last of them returned before. So every block gets the masks,
+positions and other arguments that the model gives it, whatever its architecture, while only one
+block computes, in small batches. What runs again is cheap: embeddings and masks.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -72,36 +73,56 @@ def visit_blocks(
         device: Where blocks compute.
         batch_size: Sequences that a block computes at once.
 
-    Raises:
-        CheckpointError: The model's forward leaves blocks out.
+    A model whose forward leaves blocks out is a CheckpointError.
     """
     _, blocks = find_blocks(model)
-    num_samples, num_heads = len(tokens), model.config.get_text_config().num_attention_heads
-
-    def forward(index: int, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        block = blocks[index].to(device=device, dtype=torch.float32)
-        last_outputs: list[Any] = []
-
-        def run() -> None:
-            last_outputs.clear()
-            for start in range(0, num_samples, batch_size):
-                rows = slice(start, start + batch_size)
-                batch = _select((args, kwargs), rows, num_samples, num_heads, device)
-                last_outputs.append(_to_cpu(original(*batch[0], **batch[1])))
-
-        visit(index, block, run)
-        block.to("meta")
-        if index == len(blocks) - 1:
-            raise _LastBlockDoneError
-        return _join(last_outputs)
-
+    batches = list(tokens.split(batch_size))
+    outputs: list[Any] = [None] * len(batches)  # of the block before
     inside = set(blocks.modules())
     outside = [module for module in model.modules() if module not in inside]
-    with computing_in_fp32(outside), _replaced_forwards(blocks, forward):
+    with computing_in_fp32(outside):
+        for index, block in enumerate(blocks):
+            block.to(device=device, dtype=torch.float32)
+            computed: list[Any] = []
+
+            def run(
+                index: int = index, inputs: list[Any] = outputs, computed: list[Any] = computed
+            ) -> None:
+                computed[:] = [
+                    _output_of_block(model, blocks, index, batch, before, device)
+                    for batch, before in zip(batches, inputs, strict=True)
+                ]
+
+            visit(index, block, run)
+            block.to("meta")
+            outputs = computed
+
+
+def _output_of_block(
+    model: PreTrainedModel,
+    blocks: nn.ModuleList,
+    index: int,
+    tokens: Int[Tensor, "samples time"],
+    before: Any,
+    device: torch.device,
+) -> Any:
+    """Return what a block returns, in CPU memory; those in front of it return ``before``.
+
+    Raises:
+        CheckpointError: The model's forward does not reach the block.
+    """
+
+    def forward(number: int, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if number < index:
+            return before
+        args, kwargs = tree_map(partial(_moved, device=device), (args, kwargs))
+        raise _BlockDoneError(_to_cpu(original(*args, **kwargs)))
+
+    with _replaced_forwards(blocks, forward):
         try:
             model.base_model(input_ids=tokens, use_cache=False)
-        except _LastBlockDoneError:
-            return
+        except _BlockDoneError as done:
+            return done.output
     raise CheckpointError(
         f"{type(model).__name__}: expected its forward to reach every decoder block, it did not"
     )
@@ -123,8 +144,12 @@ def captured_inputs(
             handle.remove()
 
 
-class _LastBlockDoneError(Exception):
+class _BlockDoneError(Exception):
     """Leaves the model's forward; never seen outside this file."""
+
+    def __init__(self, output: Any) -> None:
+        super().__init__()
+        self.output = output
 
 
 @contextmanager
@@ -141,32 +166,13 @@ def _replaced_forwards(blocks: nn.ModuleList, forward: Callable[..., Any]) -> It
             del block.forward  # the class's own is visible again
 
 
-def _select(tree: Any, rows: slice, num_samples: int, num_heads: int, device: torch.device) -> Any:
-    """Take some samples of every tensor that has an axis for them; floats become fp32.
-
-    Bloom's ALiBi has one axis for samples and heads.
-    """
-
-    def select(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        part = value
-        if value.dim() > 1 and len(value) == num_samples:
-            part = value[rows]
-        elif value.dim() > 2 and len(value) == num_samples * num_heads:
-            part = value[rows.start * num_heads : rows.stop * num_heads]
-        return part.to(device=device, dtype=torch.float32 if part.is_floating_point() else None)
-
-    return tree_map(select, tree)
+def _moved(value: Any, device: torch.device) -> Any:
+    """Move a tensor; floats become fp32."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.to(device=device, dtype=torch.float32 if value.is_floating_point() else None)
 
 
 def _to_cpu(output: Any) -> Any:
     hidden = output[0] if isinstance(output, tuple) else output
     return (hidden.cpu(), *output[1:]) if isinstance(output, tuple) else hidden.cpu()
-
-
-def _join(outputs: list[Any]) -> Any:
-    """Put batches together again: a tensor, or a tuple that starts with one."""
-    if isinstance(outputs[0], tuple):
-        return (torch.cat([output[0] for output in outputs]), *outputs[-1][1:])
-    return torch.cat(outputs)

@@ -13,9 +13,9 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BloomConfig,
-    BloomForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MptConfig,
     OPTConfig,
     OPTForCausalLM,
     PreTrainedModel,
@@ -386,14 +386,23 @@ def test_quantize_copies_tokenizer_and_licence_but_no_weights_and_no_code(tmp_pa
         assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
 
 
-def test_alibi_goes_with_its_samples_where_a_block_takes_several_batches() -> None:
-    """Bloom's has one axis for samples and heads."""
-    config = BloomConfig(vocab_size=40, hidden_size=32, n_layer=2, n_head=4)
+@pytest.mark.parametrize(
+    "config",
+    [
+        # one axis for samples and heads; no axis for samples, and as many heads
+        BloomConfig(vocab_size=40, hidden_size=20, n_layer=2, n_head=5),
+        MptConfig(vocab_size=40, d_model=20, n_layers=2, n_heads=5, max_seq_len=8),
+        LlamaConfig(vocab_size=40, hidden_size=20, num_hidden_layers=2, num_attention_heads=5),
+    ],
+    ids=["bloom", "mpt", "llama"],
+)
+def test_a_block_sees_the_same_in_several_batches(config: Any) -> None:
     tokens = torch.arange(5 * 8).view(5, 8)
 
     def inputs(batch_size: int) -> list[Tensor]:
         torch.manual_seed(0)
-        model = BloomForCausalLM(config)
+        model = AutoModelForCausalLM.from_config(config)
+        model.eval()
         seen: list[Tensor] = []
 
         def visit(_index: int, block: nn.Module, run: Any) -> None:
@@ -404,10 +413,11 @@ def test_alibi_goes_with_its_samples_where_a_block_takes_several_batches() -> No
         return seen
 
     whole, parts = inputs(5), inputs(2)
-    assert len(parts) == 3 * len(whole) == 3 * 2 * 4
+    num_layers = len(whole) // 2  # of a block
+    assert len(parts) == 3 * len(whole)
     for number, layer in enumerate(whole):
-        block, place = divmod(number, 4)
-        joined = torch.cat([parts[(block * 3 + batch) * 4 + place] for batch in range(3)])
+        block, place = divmod(number, num_layers)
+        joined = torch.cat([parts[(block * 3 + batch) * num_layers + place] for batch in range(3)])
         torch.testing.assert_close(joined, layer)
 
 
