@@ -1,4 +1,4 @@
-"""The error that every format raises."""
+"""The errors that every format raises."""
 
 
 class FormatError(Exception):
@@ -6,3 +6,7 @@ class FormatError(Exception):
 
     The message is one line: what, what was expected, what was found, what to do.
     """
+
+
+class ScaleRangeError(FormatError):
+    """Trained scales are not finite, or beyond what the file's dtype holds."""

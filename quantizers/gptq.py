@@ -23,7 +23,7 @@ from jaxtyping import Float, Int, Shaped, UInt8
 from torch import Tensor
 
 from quantizers import packing
-from quantizers.errors import FormatError
+from quantizers.errors import FormatError, ScaleRangeError
 
 QUANT_METHOD = "gptq"
 SCALE_ROLE = "scales"
@@ -392,13 +392,15 @@ def repack_scales(
     """Return the stored tensors of one layer (by role) with other scales, rounded to their dtype.
 
     Raises:
-        FormatError: A scale is not finite or does not fit fp16.
+        ScaleRangeError: A scale is not finite or does not fit fp16.
     """
     stored = tensors["scales"]
     largest = scales.abs().max().item()
     limit = torch.finfo(stored.dtype).max
     if not largest <= limit:  # also true for NaN
-        raise FormatError(f"{layer}.scales: expected finite values up to {limit:g}, got {largest}")
+        raise ScaleRangeError(
+            f"{layer}.scales: expected finite values up to {limit:g}, got {largest}"
+        )
     return {**tensors, "scales": scales.T.to(stored.dtype).contiguous()}
 
 

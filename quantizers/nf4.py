@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from quantizers.errors import FormatError
+from quantizers.errors import FormatError, ScaleRangeError
 
 QUANT_METHOD = "bitsandbytes"
 SCALE_ROLE = "absmax"
@@ -357,10 +357,10 @@ def repack_scales(
     """Return the stored tensors of one layer (by role), un-nested, with other scales.
 
     Raises:
-        FormatError: A scale is not finite.
+        ScaleRangeError: A scale is not finite.
     """
     if not torch.isfinite(scales).all():
-        raise FormatError(f"{layer}.weight.absmax: expected finite values, got NaN or infinity")
+        raise ScaleRangeError(f"{layer}.weight.absmax: expected finite values, got NaN or infinity")
     kept = {role: tensor for role, tensor in tensors.items() if not role.startswith("nested")}
     kept["absmax"] = scales.reshape(-1).to(torch.float32).contiguous()
     if "nested_absmax" in tensors:

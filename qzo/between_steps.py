@@ -17,7 +17,7 @@ from qzo.probes import forwards_of
 from qzo.ranks import Ranks
 from qzo.run_folder import begin
 from qzo.scales import Scales
-from qzo.snapshots import Snapshots
+from qzo.snapshots import BEST_NAME, Snapshots
 from qzo.training_step import Measured
 
 FINGERPRINT_STEPS = 100
@@ -129,17 +129,24 @@ class BetweenSteps:
         if not is_first:
             return result
         self.begin()
-        best = self.metrics.best(by_reward=result.reward is not None)
+        best = self.best()
         cost = result.loss if result.reward is None else -result.reward
         if best is None or cost < best[1]:  # before it is noted: a stop repeats both
-            self._snapshots.write("best", step)
+            self._journal.sync()  # no snapshot is ahead of it
+            self._snapshots.write(BEST_NAME, step)
         line = {f"eval_{key}": value for key, value in result.to_dict().items()}
         self.metrics.append_evaluation(step, line)
         self._events.tell("evaluate", step, metrics=line)
         return result
 
+    def best(self) -> tuple[int, float] | None:
+        """Return step and cost of the best evaluation so far, if its scales are those kept."""
+        best = self.metrics.best(by_reward=self._config.objective != "loss")
+        return best if best is not None and best[0] == self._snapshots.best_step() else None
+
     def save(self, step: int) -> None:
         """Write a snapshot, unless it is there."""
+        self._journal.sync()
         if self._snapshots.write_numbered(step, limit=self._config.save_total_limit):
             self._events.tell("save", step)
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import yaml
 
+from qzo.metrics import evaluations
+
 
 def model_card(run: Path, adapter: Mapping[str, Any]) -> str:
     """Return a README.md: base, method, recipe, evaluation.
@@ -69,7 +71,7 @@ def _evaluation_lines(path: Path) -> list[str]:
     if not path.is_file():
         return []
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    rows = [line for line in lines if line.get("eval_loss") is not None]
+    rows = [line for line in evaluations(lines) if line.get("eval_loss") is not None]
     if not rows:
         return []
     names = ["loss", "accuracy"]

@@ -15,3 +15,7 @@ class DataError(QZOError):
 
 class CheckpointError(QZOError):
     """A checkpoint or run folder is missing, damaged or contradicts itself."""
+
+
+class TrainedRangeError(CheckpointError):
+    """Trained numbers are beyond what the dtype of the file holds."""

@@ -16,6 +16,7 @@ from filelock import FileLock, Timeout
 from qzo.errors import CheckpointError
 
 LOCK_NAME = ".lock"
+_PARTIAL = ".partial-"
 _JSON_BYTES_MAX = 64 * 2**20
 
 
@@ -32,7 +33,7 @@ def new_file(target: Path) -> Iterator[Path]:
     Raises:
         WriteError: The folder cannot be written, or the disk is full.
     """
-    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    partial = _partial(target)
     try:
         yield partial
         sync(partial)
@@ -42,6 +43,15 @@ def new_file(target: Path) -> Iterator[Path]:
         raise WriteError(target, error) from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _partial(target: Path) -> Path:
+    return target.with_name(f".{target.name}{_PARTIAL}{os.getpid()}")
+
+
+def is_partial(path: Path) -> bool:
+    """Tell whether this is what a killed process left of something that it wrote."""
+    return path.name.startswith(".") and _PARTIAL in path.name
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -101,7 +111,7 @@ def new_folder(target: Path) -> Iterator[Path]:
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointError(f"{target}: expected a new or empty folder; choose another --out")
-    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    partial = _partial(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)
@@ -126,21 +136,34 @@ def new_folder(target: Path) -> Iterator[Path]:
 def replaced_folder(target: Path) -> Iterator[Path]:
     """Give a temporary folder that takes the place of ``target`` when it is complete.
 
+    A process that is killed meanwhile leaves the one or the other; see ``settle``.
+
     Raises:
         WriteError: It cannot be written; what was there before is intact.
     """
-    complete = target.with_name(f".{target.name}.complete")
+    complete = _complete(target)
     remove(complete)
     try:
         with new_folder(complete) as partial:
             yield partial
         remove(target)
-        complete.rename(target)
-        sync(target.parent)
+        settle(target)
     except WriteError as error:
         raise WriteError(target, error.error) from error
     except OSError as error:
         raise WriteError(target, error) from error
+
+
+def settle(target: Path) -> None:
+    """Put a folder in its place that a killed process completed and did not put there."""
+    complete = _complete(target)
+    if complete.exists() and not target.exists():
+        complete.rename(target)
+        sync(target.parent)
+
+
+def _complete(target: Path) -> Path:
+    return target.with_name(f".{target.name}.complete")
 
 
 def remove(folder: Path) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from qzo.errors import CheckpointError
-from qzo.files import WriteError, write_bytes
+from qzo.files import WriteError, sync, write_bytes
 from qzo.journal_lines import (
     VERSION,
     Fingerprint,
@@ -137,6 +137,12 @@ class Journal:
         if self._marked_step != self.next_step:
             self._write({"step": self.next_step, "fingerprint": fingerprint}, is_synced=True)
             self._marked_step = self.next_step
+
+    def sync(self) -> None:
+        """Force what was appended onto the disk."""
+        if self._num_unsynced:
+            sync(self.path)
+            self._num_unsynced = 0
 
     def records(self) -> Iterator[Step | Fingerprint]:
         """Yield what the journal holds, in order."""

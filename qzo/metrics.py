@@ -53,6 +53,12 @@ def _mean(values: Sequence[float]) -> float | None:
     return math.fsum(values) / len(values) if values else None
 
 
+def evaluations(lines: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the lines of evaluations on the data of the newest one."""
+    found = [line for line in lines if "eval_loss" in line]
+    return [line for line in found if line.get(DATA_KEY) == found[-1].get(DATA_KEY)]
+
+
 class Metrics:
     """The file.
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from qzo.blocks import find_blocks
 from qzo.checkpoint import dtype_name, quantization_config
+from qzo.config import Recipe
 from qzo.coordinates import BY_FACTORS, Coordinates, crossing_message
 from qzo.errors import ConfigError
 from qzo.files import read_json
@@ -44,6 +45,8 @@ from qzo.shapes import (
 )
 from qzo.trace import activation_bytes_per_row, backward_bytes_per_row
 from qzo.workload import DTYPES, Differentiated, Trained, Workload
+
+_EVALUATED = int(Recipe.model_fields["per_device_eval_batch_size"].default)
 
 
 @dataclass(frozen=True)
@@ -274,7 +277,8 @@ def _trained(model: PreTrainedModel, shapes: ModelShapes, workload: Workload) ->
             f"modules: expected a part of a layer's name, such as {shapes.linears[-1].name!r}, "
             f"got {', '.join(modules or ())!r}"
         )
-    num_instead = workload.prefix_tokens * values_of_token(model.config)
+    tokens = workload.prefix_tokens
+    num_instead = tokens * values_of_token(model.config) if tokens else 0
     num_instead += workload.lora_rank * sum(x.out_features + x.in_features for x in linears)
     return Trained(() if num_instead else linears, num_instead)
 
@@ -346,6 +350,11 @@ def _notes(quantization: Quantization, workload: Workload, attention: str) -> tu
         notes.append("Attention is eager in this model: its T x T scores are in the activations.")
     else:
         notes.append(f"Attention is {attention}: no T x T scores; batches need no attention mask.")
+    if workload.num_rows < _EVALUATED:
+        notes.append(
+            f"An evaluation has per_device_eval_batch_size examples a forward, {_EVALUATED} unless "
+            f"set; with more than {workload.num_rows} it needs more than this."
+        )
     if workload.device == "cuda":
         notes.append(f"{workload.dtype} is the CUDA path; the file on the host is not counted.")
     return tuple(notes)

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from qzo.files import new_file
+from qzo.metrics import evaluations
 
 
 def plot_run(folder: Path) -> Path:
@@ -21,7 +22,8 @@ def plot_run(folder: Path) -> Path:
         (name, "training batches, at the probes", "-"),
         (f"eval_{name}", "evaluation set", "o-"),
     ):
-        points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
+        drawn = evaluations(lines) if key.startswith("eval_") else lines
+        points = [(line["step"], line[key]) for line in drawn if line.get(key) is not None]
         if points:
             steps, values = zip(*points, strict=True)
             axes.plot(steps, values, style, label=label, linewidth=1.2)

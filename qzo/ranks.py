@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import IntEnum
 from itertools import chain
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from qzo.errors import QZOError
 
+T = TypeVar("T")
 Combine = Callable[[Sequence[Sequence[float]]], Sequence[float]]
 
 
@@ -148,6 +150,16 @@ class Ranks:
     def agree(self, value: bool) -> bool:
         """Return what the first process decided."""
         return self.from_first(b"\1" if value else b"\0") == b"\1"
+
+    def in_turn(self, work: Callable[[], T]) -> T:
+        """Do something in one process after the other, in the order of their ranks."""
+        for rank in range(self.size):
+            if rank == self.rank:
+                result = work()
+            if self.size > 1:
+                self._gather(b"\0")
+                self._send(b"\0", 1)
+        return result
 
     def differing(self, digest: str) -> list[int]:
         """Return to the first process which others have another digest; others get nothing."""

@@ -1,7 +1,7 @@
 """From a recipe to a trained run: the only place where configuration meets data and model."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,13 @@ from qzo.errors import CheckpointError, ConfigError
 from qzo.examples import ExampleSet, read_set, split_records
 from qzo.files import read_json, write_bytes, write_json
 from qzo.interrupts import explained_bus_errors
+from qzo.journal import NAME as JOURNAL_NAME
 from qzo.model import Progress, load_checkpoint, load_tokenizer
 from qzo.plot import plot_run
 from qzo.ranks import Ranks
 from qzo.result import Result
 from qzo.rewards import RewardFunction, load_reward
-from qzo.run_folder import BASE_NAME, BASE_ORIGIN_NAME
+from qzo.run_folder import BASE_NAME, BASE_ORIGIN_NAME, check_new
 from qzo.run_memory import memory_budget
 from qzo.trainer import Trainer
 
@@ -132,30 +133,35 @@ def base_checkpoint(recipe: Recipe) -> Checkpoint:
     from qzo.quantize import quantize
     from qzo.quantize_settings import QuantizeSettings
 
-    folder = Path(recipe.output_dir) / BASE_NAME
-    origin_path = folder.with_name(BASE_ORIGIN_NAME)
-    local = Path(recipe.model)
-    origin = {
-        "model": str(local.resolve() if local.exists() else local),
-        "quantize": recipe.quantize,
-    }
+    run = Path(recipe.output_dir)
+    folder, origin_path = run / BASE_NAME, run / BASE_ORIGIN_NAME
+    if recipe.resume_from_checkpoint and (run / JOURNAL_NAME).exists():
+        if folder.exists():
+            return open_checkpoint(folder)  # the journal has its digests
+    else:
+        check_new(run)
+    origin = {"quantize": recipe.quantize, "model": recipe.model, "files": _files_of(recipe.model)}
     if not folder.exists():
-        origin_path.unlink(missing_ok=True)
-        quantize(recipe.model, folder, QuantizeSettings(format=recipe.quantize))
+        run.mkdir(parents=True, exist_ok=True)
         write_json(origin_path, origin)
+        quantize(recipe.model, folder, QuantizeSettings(format=recipe.quantize))
     found = read_json(origin_path) if origin_path.exists() else None
     if found != origin:
+        made_from = "nothing that is known" if found is None else f"{found.get('model')} as "
+        made_from += "" if found is None else f"{found.get('quantize')}, or from other files of it"
         raise CheckpointError(
             f"{folder}: expected {recipe.model} as {recipe.quantize}, found what was made from "
-            f"{_shown_origin(found)}; choose another output_dir, or remove this folder"
+            f"{made_from}; choose another output_dir, or remove this folder"
         )
     return open_checkpoint(folder)
 
 
-def _shown_origin(origin: Mapping[str, Any] | None) -> str:
-    if origin is None:
-        return f"something that no {BASE_ORIGIN_NAME} names"
-    return f"{origin.get('model')} as {origin.get('quantize')}"
+def _files_of(model: str) -> dict[str, list[int]]:
+    """Return size and time of the files of a local model; nothing of one on the hub."""
+    path = Path(model)
+    files = sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []
+    found = {file.name: file.stat() for file in files if file.is_file()}
+    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in found.items()}
 
 
 def data_sets(recipe: Recipe, tokenizer: Any) -> tuple[ExampleSet, ExampleSet | None]:
@@ -213,8 +219,8 @@ def device_of(name: str | None) -> torch.device:
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda" and "LOCAL_RANK" in os.environ:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
-    kind, _, number = name.partition(":")
-    if kind not in {"cpu", "cuda"} or not (number or "0").isdecimal():
+    kind, colon, number = name.partition(":")
+    if kind not in {"cpu", "cuda"} or bool(colon) is not (kind == "cuda" and number.isdecimal()):
         raise ConfigError(f"device: expected 'cpu' or 'cuda', got {name!r}")
     if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
         raise ConfigError(f"device: expected a device that exists, got {name!r}; use 'cpu'")

@@ -17,7 +17,7 @@ from qzo.directions import GENERATOR
 from qzo.encoding import Candidate, EncodedExample
 from qzo.errors import CheckpointError, ConfigError
 from qzo.examples import ExampleSet
-from qzo.files import LOCK_NAME, read_json, write_bytes
+from qzo.files import LOCK_NAME, is_partial, read_json, write_bytes
 from qzo.journal import NAME as JOURNAL_NAME
 from qzo.journal import Journal
 from qzo.ranks import Ranks
@@ -150,15 +150,24 @@ def _open_own(config: Recipe, make_header: Callable[[], Mapping[str, Any]]) -> J
         _check_same(journal.header, header, _COMPARED, free, "the run that is to be continued")
         _write_recipe(folder, config)
     else:
-        others = [entry for entry in folder.iterdir() if entry.name not in _NOT_OF_A_RUN]
-        if others:
-            raise CheckpointError(
-                f"{folder}: expected a new or empty folder; choose another output_dir, or set "
-                "resume_from_checkpoint: true"
-            )
+        check_new(folder)
         journal = Journal.create(path, make_header)
     journal.sync_steps = config.journal_sync_steps
     return journal
+
+
+def check_new(folder: Path) -> None:
+    """Refuse a folder that holds more than a base.
+
+    Raises:
+        CheckpointError: It does.
+    """
+    entries = folder.iterdir() if folder.is_dir() else ()
+    if any(entry.name not in _NOT_OF_A_RUN and not is_partial(entry) for entry in entries):
+        raise CheckpointError(
+            f"{folder}: expected a new or empty folder; choose another output_dir, or set "
+            "resume_from_checkpoint: true"
+        )
 
 
 def begin(journal: Journal, config: Recipe) -> None:

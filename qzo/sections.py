@@ -24,7 +24,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qzo.directions import directions
-from qzo.errors import CheckpointError
+from qzo.errors import CheckpointError, TrainedRangeError
 
 Kind = Literal["norm", "bias", "head", "lora_A", "lora_B", "prefix_key", "prefix_value"]
 UNQUANTIZED: tuple[Kind, ...] = ("norm", "bias", "head")
@@ -80,7 +80,7 @@ class Section:
             values: Of the section, without the unit.
 
         Raises:
-            CheckpointError: A number does not fit the dtype of the file.
+            TrainedRangeError: A number does not fit the dtype of the file.
         """
         wide = stored.float()
         if self.kind == "norm":
@@ -91,7 +91,7 @@ class Section:
             wide = wide * values[:, None]
         result = wide.to(stored.dtype)
         if not bool(result.isfinite().all()):
-            raise CheckpointError(
+            raise TrainedRangeError(
                 f"{self.name}: expected trained numbers that fit {stored.dtype}, got larger ones; "
                 "lower learning_rate or zo.unquantized_factor"
             )

@@ -79,9 +79,17 @@ def values_of_token(config: Any) -> int:
 
     Args:
         config: A transformers config.
+
+    Raises:
+        ConfigError: It names no attention heads.
     """
     text = config.get_text_config()
-    heads = text.num_attention_heads
+    heads = getattr(text, "num_attention_heads", None)
+    if not heads:
+        raise ConfigError(
+            f"config.json: expected attention heads, whose keys and values count, got model_type "
+            f"{text.model_type!r} without"
+        )
     width = getattr(text, "head_dim", None) or text.hidden_size // heads
     key_heads = getattr(text, "num_key_value_heads", None) or heads
     return 2 * int(text.num_hidden_layers * key_heads * width)

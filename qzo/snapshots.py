@@ -10,12 +10,14 @@ from pathlib import Path
 from torch import Tensor
 
 from qzo.errors import CheckpointError
-from qzo.files import read_json, remove, replaced_folder, write_json
+from qzo.files import read_json, remove, replaced_folder, settle, write_json
 from qzo.first_order import FirstOrder
 from qzo.optimizers import Optimizer
 from qzo.scales import Scales
 from qzo.tensor_files import TensorFiles, tensors_sha256, write_safetensors
 
+BEST_NAME = "best"
+_NUMBERED = "checkpoint-"
 _SNAPSHOT_NAME = "scales.safetensors"
 _STATE_NAME = "trainer_state.json"
 _OPTIMIZER_PREFIX = "optimizer."
@@ -111,7 +113,7 @@ class Snapshots:
             step: Steps done.
             limit: How many are kept.
         """
-        name = f"checkpoint-{step}"
+        name = f"{_NUMBERED}{step}"
         if (self.folder / name).exists():
             return False
         self.write(name, step)
@@ -121,10 +123,14 @@ class Snapshots:
 
     def numbered(self) -> list[Path]:
         """Return the folders of the numbered ones, in the order of their steps."""
-        folders = self.folder.glob("checkpoint-*")
-        steps = [folder.name.removeprefix("checkpoint-") for folder in folders]
-        numbers = sorted(int(step) for step in steps if step.isdecimal())
-        return [self.folder / f"checkpoint-{number}" for number in numbers]
+        folders = self.folder.glob(f"{_NUMBERED}*")
+        return sorted((f for f in folders if _after(f.name).isdecimal()), key=step_of)
+
+    def best_step(self) -> int | None:
+        """Return how many steps were done at the snapshot ``best``; None where there is none."""
+        folder = self.folder / BEST_NAME
+        settle(folder)
+        return read_snapshot(folder).step if folder.exists() else None
 
     def take(self, snapshot: Snapshot) -> None:
         """Set scales, optimizer and first-order part to a snapshot."""
@@ -137,3 +143,12 @@ class Snapshots:
             self._first_order.restore(
                 {k.removeprefix(prefix): t for k, t in state.items() if k.startswith(prefix)}
             )
+
+
+def step_of(folder: Path) -> int:
+    """Return how many steps were done at a numbered snapshot, by its name."""
+    return int(_after(folder.name))
+
+
+def _after(name: str) -> str:
+    return name.removeprefix(_NUMBERED)

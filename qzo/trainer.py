@@ -32,7 +32,7 @@ from qzo.estimators import make_estimator
 from qzo.evaluate import Evaluation, evaluate
 from qzo.exact_part import ExactPart, check_exact
 from qzo.examples import ExampleSet, from_encoded, from_records
-from qzo.files import locked
+from qzo.files import locked, remove
 from qzo.generation import Generator
 from qzo.interrupts import stop_signals
 from qzo.journal import Journal
@@ -48,7 +48,7 @@ from qzo.result import DivergedError, Result, StoppedError
 from qzo.rewards import WRITTEN, ObjectiveName, RewardFunction, check_objective, reward_name
 from qzo.run_folder import BASE_NAME, header_of, open_journal, write_reference
 from qzo.sections import sections_of
-from qzo.snapshots import Snapshots, read_snapshot
+from qzo.snapshots import BEST_NAME, Snapshots, read_snapshot, step_of
 from qzo.training_step import Measured, TrainingSteps
 from qzo.tuned import trained_vector
 from qzo.wrap import checkpoint_of, tokenizer_of
@@ -140,7 +140,8 @@ class Trainer:
 
     def _train(self) -> Result:
         config, scales, ranks = self.config, self.scales, self._ranks
-        self.checkpoint = checkpoint_of(self.model, self.folder / BASE_NAME)
+        base = self.folder / BASE_NAME
+        self.checkpoint = ranks.in_turn(lambda: checkpoint_of(self.model, base))
         _ = self.checkpoint.digests  # for the header; they need not be there before the first step
         journal = open_journal(config, self._header, ranks)
         exact = self._exact = ExactPart(journal, config.zo, self.model, scales, self.objective)
@@ -321,14 +322,14 @@ class Trainer:
         if not journal.is_on_disk:
             stretch_scales(self.scales, {"stretch": self._stretch()})
             return
-        start = 0
-        for folder in reversed(self._snapshots.numbered()) if self._ranks.is_first else ():
-            snapshot = read_snapshot(folder)
-            if snapshot.step <= journal.next_step:
-                self._snapshots.take(snapshot)
-                check_fingerprint(Fingerprint(snapshot.step, snapshot.fingerprint), self.scales)
-                start = snapshot.step
-                break
+        start, folders = 0, self._snapshots.numbered() if self._ranks.is_first else []
+        while folders and step_of(folders[-1]) > journal.next_step:
+            remove(folders.pop())  # of steps that the journal lost
+        if folders:
+            snapshot = read_snapshot(folders[-1])
+            self._snapshots.take(snapshot)
+            check_fingerprint(Fingerprint(snapshot.step, snapshot.fingerprint), self.scales)
+            start = snapshot.step
         apply_journal(
             journal, self.scales, self.optimizer, from_step=start, first_order=first_order
         )
@@ -372,10 +373,10 @@ class Trainer:
         between.save(steps)
         after = between.evaluate(steps)
         if self.eval_set is not None:
-            best = read_snapshot(self.folder / "best")
-            if self.config.load_best_model_at_end and best.step != steps:
-                self._snapshots.take(best)
-                best_step, after = best.step, None
+            best = between.best()
+            if self.config.load_best_model_at_end and best is not None and best[0] != steps:
+                self._snapshots.take(read_snapshot(self.folder / BEST_NAME))
+                best_step, after = best[0], None
             after = after or self._evaluation(self.eval_set, Ranks(), self.config.objective)
         self._write_adapter(journal, best_step)
         changed = changed_fraction(self.checkpoint, self.scales)

@@ -537,6 +537,8 @@ CASES: list[tuple[Break, tuple[str, ...], str]] = [
     ),
     (unknown_device, TRAIN, r"device: expected 'cpu' or 'cuda', got 'quantum'"),
     (nothing, (*EVAL, "--device", "quantum"), r"device: expected 'cpu' or 'cuda', got 'quantum'"),
+    (nothing, (*EVAL, "--device", "cpu:"), r"device: expected 'cpu' or 'cuda', got 'cpu:'"),
+    (nothing, (*EVAL, "--device", "cpu:999"), r"device: expected 'cpu' or 'cuda', got 'cpu:999'"),
     (unknown_integration, TRAIN, r"report_to: nowhere is not supported, .+"),
     (too_many_blocks, TRAIN, r"zo\.num_blocks: expected at most the model's 1 blocks, got 9"),
     (

@@ -1,6 +1,7 @@
 import io
 import json
 import math
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from qzo.checks import Check, Status
 from qzo.cli import app
 from qzo.doctor import Report
 from qzo.progress import ProgressCallback
+from qzo.recipe_file import read_recipe
+from qzo.run import base_checkpoint
 
 
 @dataclass(frozen=True)
@@ -370,18 +373,16 @@ def test_train_quantizes_a_float_model_once_and_takes_no_other_base(
     run, base = tmp_path / "run", tmp_path / "run" / "base"
     keys = {"quantize": "nf4", "lr_scheduler_type": "constant", "resume_from_checkpoint": True}
     recipe = write_recipe(tmp_path / "r.yaml", tmp_path / "float", place.data, run, **keys)
-
-    assert qzo("train", recipe, "--json").value["steps"] == 3
+    base_checkpoint(read_recipe(recipe))  # and then the process was killed
+    (run / ".base.partial-1").mkdir()  # and one before that
     made = (base / "model.safetensors").stat().st_mtime_ns
-    assert qzo("train", recipe, "max_steps=4", "--json").value["steps"] == 4
-    assert (base / "model.safetensors").stat().st_mtime_ns == made
 
     def refusal(*changes: str) -> str:
-        ran = qzo("train", recipe, "max_steps=5", *changes)
+        ran = qzo("train", recipe, *changes)
         assert ran.code == 1
         return ran.err.strip()
 
-    found = f"found what was made from {tmp_path / 'float'} as nf4"
+    found = f"found what was made from {tmp_path / 'float'} as nf4, or from other files of it"
     hint = "choose another output_dir, or remove this folder"
     assert refusal("quantize=gptq") == (
         f"qzo: {base}: expected {tmp_path / 'float'} as gptq, {found}; {hint}"
@@ -389,11 +390,40 @@ def test_train_quantizes_a_float_model_once_and_takes_no_other_base(
     assert refusal(f"model={tmp_path / 'other'}") == (
         f"qzo: {base}: expected {tmp_path / 'other'} as nf4, {found}; {hint}"
     )
+    origin = (run / "base_origin.json").read_bytes()
     (run / "base_origin.json").unlink()
     assert refusal() == (
-        f"qzo: {base}: expected {tmp_path / 'float'} as nf4, found what was made from "
-        f"something that no base_origin.json names; {hint}"
+        f"qzo: {base}: expected {tmp_path / 'float'} as nf4, found what was made from nothing that "
+        f"is known; {hint}"
     )
+    (run / "base_origin.json").write_bytes(origin)
+    assert qzo("train", recipe, "--json").value["steps"] == 3
+    assert "expected a new or empty folder" in refusal("resume_from_checkpoint=false")
+    assert refusal("quantize=gptq", "max_steps=4") == (
+        "qzo: quantize: expected 'nf4' as in the run that is to be continued, got 'gptq'"
+    )
+
+    shutil.rmtree(tmp_path / "float")  # what counts from now on is in the journal
+    assert qzo("train", recipe, "max_steps=4", "--json").value["steps"] == 4
+    assert (base / "model.safetensors").stat().st_mtime_ns == made
+
+
+def test_other_files_of_the_same_model_are_another_base(
+    qzo: Run, place: Place, tmp_path: Path
+) -> None:
+    model: Any = tiny_model(intermediate=128)
+    model.save_pretrained(tmp_path / "float")
+    write_tokenizer(tmp_path / "float")
+    keys = {"quantize": "nf4"}
+    recipe = write_recipe(
+        tmp_path / "r.yaml", tmp_path / "float", place.data, tmp_path / "run", **keys
+    )
+    base_checkpoint(read_recipe(recipe))
+    tiny_model(intermediate=128, seed=1).save_pretrained(tmp_path / "float")
+
+    ran = qzo("train", recipe)
+
+    assert (ran.code, ran.err.strip().endswith("or remove this folder")) == (1, True)
 
 
 def test_completions_are_learned_through_the_command_line(

@@ -20,6 +20,7 @@ from matplotlib.image import imread
 from support.command import Run, command
 from support.runs import json_lines, tiny_checkpoint, write_lines
 
+from quantizers.errors import FormatError
 from qzo.bench import cells as cells_module
 from qzo.bench.cell_results import reached
 from qzo.bench.cells import forwards_per_step, write_tuning_data
@@ -325,6 +326,23 @@ def test_a_method_that_diverges_is_reported_and_the_others_go_on(
     assert "| wild | as-given | 1 of 1 diverged |" in markdown
     assert (tmp_path / "cells/films/wild/as-given/seed-0/journal.jsonl").exists()
     assert run(tmp_path, keys)["tasks"] == results["tasks"]  # it is not tried again
+
+
+def test_a_model_that_cannot_be_read_is_no_method_that_diverged(
+    base: Path, data: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(base, tmp_path / "base")
+    keys = suite_keys(tmp_path / "base", data, methods={"spsa": SPSA}, seeds=[0])
+    config = json.loads((base / "config.json").read_text())
+    config["quantization_config"]["bits"] = 5
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+
+    with pytest.raises(FormatError, match=r"^bits: expected one of .*, got 5$"):
+        run(tmp_path / "out", keys)
+
+    shutil.copy(base / "config.json", tmp_path / "base")
+    methods = run(tmp_path / "out", keys)["tasks"]["films"]["methods"]
+    assert methods["spsa"]["num_diverged"] == 0
 
 
 def test_a_method_whose_every_grid_point_diverges_is_not_reported_as_a_number(

@@ -33,11 +33,12 @@ from qzo.between_steps import BetweenSteps
 from qzo.errors import CheckpointError, ConfigError, QZOError
 from qzo.evaluate import evaluate
 from qzo.files import write_json
+from qzo.metrics import evaluations
 from qzo.model import load_tokenizer
 from qzo.objective import Objective
 from qzo.optimizers.sgd import SGD
 from qzo.recipe_file import recipe
-from qzo.result import StoppedError
+from qzo.result import Result, StoppedError
 from qzo.run import data_sets
 from qzo.scales import Scales
 from qzo.snapshots import Snapshots, read_snapshot
@@ -652,6 +653,59 @@ def test_evaluations_on_other_data_are_not_compared_with(
     assert [line["step"] for line in evaluated] == [0, 2, 2, 4, 6]
     assert len({line["evaluated_on"] for line in evaluated[:2]}) == 1
     assert len({line["evaluated_on"] for line in evaluated[1:]}) == 2
+
+
+def test_the_best_of_other_data_is_not_taken_for_that_of_these(
+    base: Path, tmp_path: Path, eval_losses: Callable[[list[float]], None]
+) -> None:
+    def run(steps: int, evaluation: Any, losses: list[float]) -> Result:
+        keys: dict[str, Any] = {"lr_scheduler_type": "constant", "eval_steps": 2}
+        keys |= {"resume_from_checkpoint": True, "max_steps": steps}
+        eval_losses(losses)
+        return tiny_trainer(base, tmp_path / "run", evaluation=evaluation, **keys).train()
+
+    assert run(2, EVALUATION, [3.0, 1.0, 1.0]).best_step == 2
+    assert run(4, RECORDS[4:], [2.5, 2.0, 2.0]).best_step == 4  # its snapshot is the one there is
+
+    assert run(4, EVALUATION, [1.5, 1.5]).best_step == 4  # none of these data's own: the last
+    assert run(6, EVALUATION, [1.2, 1.2]).best_step == 6
+
+    own = evaluations(logged(tmp_path / "run"))
+    assert [line["step"] for line in own] == [0, 2, 4, 6]
+    assert len(logged(tmp_path / "run")) > len(own)
+
+
+def test_a_snapshot_that_is_ahead_of_the_journal_is_removed(base: Path, tmp_path: Path) -> None:
+    """The disk lost the end of the journal, and not the snapshot."""
+    keys: dict[str, Any] = {"lr_scheduler_type": "constant", "save_steps": 2, "max_steps": 4}
+    tiny_trainer(base, tmp_path / "run", **keys).train()
+    want = saved(tmp_path / "run")["adapter_model.safetensors"]
+    path = tmp_path / "run" / "journal.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept = [n for n, line in enumerate(lines) if json.loads(line).get("step", 0) < 3]
+    path.write_bytes(b"".join(lines[n] for n in kept))
+    snapshot = tmp_path / "run" / "checkpoint-4"
+    (snapshot / "trainer_state.json").write_text("damaged")
+
+    tiny_trainer(base, tmp_path / "run", resume_from_checkpoint=True, **keys).train()
+
+    assert saved(tmp_path / "run")["adapter_model.safetensors"] == want
+    assert read_snapshot(snapshot).step == 4
+
+
+def test_a_best_snapshot_that_was_complete_is_put_in_its_place(
+    base: Path, tmp_path: Path, eval_losses: Callable[[list[float]], None]
+) -> None:
+    folder = tmp_path / "run"
+    keys: dict[str, Any] = {"eval_steps": 2, "evaluation": EVALUATION}
+    eval_losses([3.0, 2.0, 2.5, 2.5, 2.5, 2.0])
+    assert tiny_trainer(base, folder, **keys).train().best_step == 2
+    (folder / "best").rename(folder / ".best.complete")  # killed between two calls
+
+    eval_losses([2.0, 2.0])
+    again = tiny_trainer(base, folder, resume_from_checkpoint=True, **keys)
+    assert again.train().best_step == 2
+    assert (folder / "best").exists()
 
 
 def test_the_best_snapshot_stays_where_a_better_one_cannot_be_written(

@@ -6,6 +6,7 @@ from typing import Any
 from qzo.bench.cells import RECORD_NAME, Cell
 from qzo.files import read_json
 from qzo.metrics import NAME as METRICS_NAME
+from qzo.metrics import evaluations
 
 
 def measured(cell: Cell, target_loss: float | None) -> dict[str, Any]:
@@ -39,7 +40,7 @@ def _curve(cell: Cell) -> list[dict[str, Any]]:
     """Return step, forwards and results of every evaluation."""
     path = cell.folder / METRICS_NAME
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    points = [line for line in map(json.loads, lines) if "eval_loss" in line]
+    points = evaluations([json.loads(line) for line in lines])
     return [
         {
             "step": line["step"],

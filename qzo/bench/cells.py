@@ -21,12 +21,12 @@ from transformers import (
     TrainingArguments,
 )
 
-from quantizers.errors import FormatError
+from quantizers.errors import ScaleRangeError
 from qzo.bench.suite import Method, Suite, TaskEntry, with_keys
 from qzo.config import Recipe
 from qzo.conservative import NUM_TRIED
 from qzo.data import hold_out, is_file, load_records
-from qzo.errors import ConfigError
+from qzo.errors import ConfigError, TrainedRangeError
 from qzo.estimators import make_estimator
 from qzo.files import write_bytes, write_json
 from qzo.model import trained_blocks
@@ -274,7 +274,7 @@ def run_cell(cell: Cell, on_step: Callable[[int], None]) -> None:
     clock, message = StepClock(on_step), None
     try:
         train(cell.recipe, [clock])
-    except (DivergedError, FormatError) as error:  # FormatError: scales outgrew the file's dtype
+    except (DivergedError, ScaleRangeError, TrainedRangeError) as error:
         message = str(error)
     except StoppedError as error:
         raise StoppedError(
