@@ -118,10 +118,21 @@ class Generator:
         return ends if trained is None else ends | {trained}
 
     def _stopping(self, stop: str | None) -> StoppingCriteriaList:
+        """Return what stops at a string.
+
+        Raises:
+            ConfigError: transformers cannot tell where tokens of this kind hold it.
+        """
         if stop is None:
             return StoppingCriteriaList()
         if stop not in self._criteria:  # reads the whole vocabulary
-            self._criteria[stop] = StopStringCriteria(self._tokenizer, stop)
+            try:
+                self._criteria[stop] = StopStringCriteria(self._tokenizer, stop)
+            except ValueError as error:
+                raise ConfigError(
+                    f"generation_stop: expected null with this tokenizer, which does not write the "
+                    f"letters that transformers tries its tokens with, got {stop!r}"
+                ) from error
         return StoppingCriteriaList([self._criteria[stop]])
 
     def _text(self, tokens: list[int], stop: str | None) -> str:

@@ -178,6 +178,15 @@ def test_a_prompt_is_cut_on_the_left_to_the_length_and_to_the_room_there_is(
     assert told == [[[tokens[0], *tokens[1 - kept :]]]]
 
 
+def test_a_tokenizer_whose_tokens_no_stop_is_found_in_is_refused(
+    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenizer, "convert_tokens_to_string", lambda _: "?")
+    message = r"^generation_stop: expected null with this tokenizer, .*, got 'f'$"
+    with pytest.raises(ConfigError, match=message):
+        Generator(model, tokenizer, max_new_tokens=2, stop="f").write([["x"]])
+
+
 def test_a_generator_needs_room_for_a_prompt(model: Any, tokenizer: Any) -> None:
     message = r"^max_new_tokens: expected less than the model's 64 positions, got 64$"
     with pytest.raises(ConfigError, match=message):
