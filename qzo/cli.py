@@ -192,11 +192,7 @@ def plan(
 
 @app.command()
 def doctor(as_json: AsJSON = False) -> None:
-    """Check versions, devices, kernels and known traps of the installed packages.
-
-    Raises:
-        SystemExit: A check failed.
-    """
+    """Check versions, devices, kernels and known traps of the installed packages."""
     from qzo.doctor import doctor as run
 
     with stdout_for(as_json) as print_json:
@@ -209,7 +205,7 @@ def doctor(as_json: AsJSON = False) -> None:
                 table.add_row(check.name, check.status, check.detail, check.advice)
             console().print(table)
     if report.status == "fail":
-        raise SystemExit(1)
+        sys.exit(1)
 
 
 @app.command()
@@ -253,15 +249,8 @@ def evaluate(
     device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
     as_json: AsJSON = False,
 ) -> None:
-    """Evaluate a checkpoint on a task or on your own data.
-
-    Raises:
-        ConfigError: Neither a task nor data is given, or the task has no such prompt.
-    """
-    if task is None and data is None:
-        raise ConfigError("--task: expected a task, or --data with a file, got neither")
-    if prompt not in {"template", "none"} or (task is None and prompt == "none"):
-        raise ConfigError(f"--prompt: expected template, or none with a --task, got {prompt!r}")
+    """Evaluate a checkpoint on a task or on your own data."""
+    _check_evaluated(task, data, prompt)
     from qzo.evaluate import evaluate as run
     from qzo.examples import read_set
     from qzo.generation import Generator
@@ -317,17 +306,10 @@ def compact(
     out: Annotated[Path, typer.Option(help="New file, NAME.safetensors.")],
     as_json: AsJSON = False,
 ) -> None:
-    """Write the compact form of a journal: all that replay and export need.
-
-    Raises:
-        ConfigError: The name is not that of a new safetensors file.
-    """
+    """Write the compact form of a journal: all that replay and export need."""
     from qzo.compact_journal import open_record, write_compact
 
-    if out.suffix != ".safetensors":
-        raise ConfigError(f"--out: expected a name that ends in .safetensors, got {out.name!r}")
-    if out.exists():
-        raise ConfigError(f"{out}: expected a new file, found one; choose another name")
+    _check_compact_name(out)
     with stdout_for(as_json) as print_json:
         record = open_record(Path(run))
         write_compact(record, out)
@@ -371,6 +353,30 @@ def generate(
             print_json({"prompt": prompt, "completion": text})
         else:
             print(prompt + text)
+
+
+def _check_evaluated(task: str | None, data: str | None, prompt: str) -> None:
+    """Refuse arguments of ``eval`` that do not go together.
+
+    Raises:
+        ConfigError: Neither a task nor data is given, or the task has no such prompt.
+    """
+    if task is None and data is None:
+        raise ConfigError("--task: expected a task, or --data with a file, got neither")
+    if prompt not in {"template", "none"} or (task is None and prompt == "none"):
+        raise ConfigError(f"--prompt: expected template, or none with a --task, got {prompt!r}")
+
+
+def _check_compact_name(out: Path) -> None:
+    """Refuse a name that is not that of a new safetensors file.
+
+    Raises:
+        ConfigError: It is not.
+    """
+    if out.suffix != ".safetensors":
+        raise ConfigError(f"--out: expected a name that ends in .safetensors, got {out.name!r}")
+    if out.exists():
+        raise ConfigError(f"{out}: expected a new file, found one; choose another name")
 
 
 if __name__ == "__main__":

@@ -453,6 +453,11 @@ def test_wrong_usage_exits_2(qzo: Run, arguments: tuple[str, ...], complaint: st
     assert complaint in ran.err
 
 
+def test_help_is_for_users(qzo: Run) -> None:
+    for name in getattr(get_command(app), "commands"):  # noqa: B009  # of a group
+        assert "Raises" not in qzo(name, "--help").out
+
+
 def test_help_exits_0(qzo: Run) -> None:
     ran = qzo("--help")
 
