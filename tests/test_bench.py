@@ -504,6 +504,7 @@ def test_a_workload_that_cannot_be_run_is_refused(name: str, value: int, unit: i
         replace(Workload(), **{name: value})
 
 
+@pytest.mark.slow
 def test_bench_scaling_measures_runs_and_draws_them(
     qzo: Run, parent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -533,6 +534,7 @@ def test_bench_scaling_measures_runs_and_draws_them(
     ]
 
 
+@pytest.mark.slow
 def test_bench_replay_times_both_forms_of_a_journal(qzo: Run) -> None:
     ran = qzo("bench", "replay", "--steps", "250", "--values", "2000", "--json")
 

@@ -149,6 +149,7 @@ def test_a_task_is_trained_and_evaluated_without_its_template(
     assert abs(prompted.value["loss"] / bare.value["loss"] - 1) > 1e-6
 
 
+@pytest.mark.slow
 def test_e2e_is_trained_on_one_file_and_evaluated_on_another(
     qzo: Run, place: Place, tmp_path: Path
 ) -> None:

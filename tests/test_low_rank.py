@@ -191,6 +191,7 @@ def test_a_resumed_run_ends_bitwise_where_one_without_a_stop_ends(
     assert first.read_bytes() == second.read_bytes()
 
 
+@pytest.mark.slow
 def test_training_by_factors_lowers_the_loss(tmp_path: Path) -> None:
     base = tiny_checkpoint(tmp_path / "base", gain=4.0)
     trainer = tiny_trainer(

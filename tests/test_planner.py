@@ -99,6 +99,7 @@ def test_llama_2_13b_agrees_with_a_hand_calculation_and_fits_24_gib(
     assert result.verdict == "yes"
 
 
+@pytest.mark.slow
 def test_llama_2_13b_has_the_published_counts(tmp_path: Path) -> None:
     result = plan(write_config(tmp_path, LLAMA_2_13B, GPTQ), coordinates="absolute")
 
@@ -108,6 +109,7 @@ def test_llama_2_13b_has_the_published_counts(tmp_path: Path) -> None:
     assert sizes(result)["master"] == 4 * 99_123_200
 
 
+@pytest.mark.slow
 def test_llama_2_13b_in_nf4_counts_a_block_of_64(tmp_path: Path) -> None:
     result = plan(write_config(tmp_path, LLAMA_2_13B, NF4))
 

@@ -244,6 +244,7 @@ def test_a_resumed_run_starts_from_the_prefix_in_its_journal(tmp_path: Path) -> 
     assert again.scales.sections == sections
 
 
+@pytest.mark.slow
 def test_training_by_a_prefix_lowers_the_loss(tmp_path: Path) -> None:
     base = tiny_checkpoint(tmp_path / "base", gain=4.0)
     result = tiny_trainer(

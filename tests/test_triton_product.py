@@ -119,6 +119,7 @@ def test_every_probe_sees_its_own_scales_in_every_layout(
     check(name, weight, dense, normal(9, 96).to(dtype), (0, 2, 2, 9))
 
 
+@pytest.mark.slow
 @given(data=st.data())
 @settings(max_examples=40, deadline=None, derandomize=True)
 def test_any_sizes_give_the_naive_product(data: st.DataObject) -> None:
