@@ -16,11 +16,11 @@ from qzo.coordinates import BY_FACTORS
 from qzo.errors import ConfigError
 
 # What an estimator takes if the recipe names no learning rate: their steps differ in length.
-# per_example, normalised or not: recipes/LOG.md, BENCHMARKS.md; absolute: the QZO paper; lora and
-# prefix: MeZO, arXiv 2305.17333, its grids for OPT; the others were not tuned.
+# per_example, normalised or not, and lora with spsa: recipes/LOG.md, BENCHMARKS.md; absolute: the
+# QZO paper; prefix: MeZO, arXiv 2305.17333, its grid for OPT; the others were not tuned.
 _SPSA_RATES = {
     **{"row": 3e-3, "column": 1e-2, "rank_one": 3e-3, "relative": 1e-3, "absolute": 1e-7},
-    **{"lora": 1e-4, "prefix": 1e-3},
+    **{"lora": 3e-3, "prefix": 1e-3},
 }
 _LEARNING_RATES = {
     ("leave_one_out", "row"): 3e-1,
@@ -36,7 +36,7 @@ _LEARNING_RATES = {
     ("per_example, as measured", "row"): 1e-2,
     ("per_example, as measured", "column"): 3e-2,
     ("per_example, as measured", "rank_one"): 1e-2,
-    ("per_example, as measured", "lora"): 3e-4,
+    ("per_example, as measured", "lora"): 1e-2,
     ("per_example, as measured", "prefix"): 3e-3,
     ("fzoo", "row"): 5e-4,  # its derivatives are about 1 / epsilon
     ("fzoo", "column"): 5e-4,

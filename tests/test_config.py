@@ -122,7 +122,7 @@ def test_every_choice_has_a_learning_rate_of_its_own() -> None:
         ({}, 1e-7),
         ({"coordinates": "row"}, 3e-3),
         ({"coordinates": "relative"}, 1e-3),
-        ({"tuned": "lora"}, 1e-4),
+        ({"tuned": "lora"}, 3e-3),
         ({"estimator": "fzoo", "num_directions": 2}, 1e-8),
     ],
 )
