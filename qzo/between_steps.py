@@ -140,9 +140,12 @@ class BetweenSteps:
         return result
 
     def best(self) -> tuple[int, float] | None:
-        """Return step and cost of the best evaluation so far, if its scales are those kept."""
-        best = self.metrics.best(by_reward=self._config.objective != "loss")
-        return best if best is not None and best[0] == self._snapshots.best_step() else None
+        """Return step and cost of the scales that are kept, if evaluated on the data of now."""
+        step = self._snapshots.best_step()
+        if step is None:
+            return None
+        cost = self.metrics.cost(step, by_reward=self._config.objective != "loss")
+        return None if cost is None else (step, cost)
 
     def save(self, step: int) -> None:
         """Write a snapshot, unless it is there."""

@@ -111,10 +111,15 @@ def _output_of_block(
     Raises:
         CheckpointError: The model's forward does not reach the block.
     """
+    message = (
+        f"{type(model).__name__}: expected its forward to reach every decoder block, it did not"
+    )
 
     def forward(number: int, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if number < index:
             return before
+        if number > index:
+            raise CheckpointError(message)
         args, kwargs = tree_map(partial(_moved, device=device), (args, kwargs))
         raise _BlockDoneError(_to_cpu(original(*args, **kwargs)))
 
@@ -123,9 +128,7 @@ def _output_of_block(
             model.base_model(input_ids=tokens, use_cache=False)
         except _BlockDoneError as done:
             return done.output
-    raise CheckpointError(
-        f"{type(model).__name__}: expected its forward to reach every decoder block, it did not"
-    )
+    raise CheckpointError(message)
 
 
 @contextmanager
@@ -174,5 +177,7 @@ def _moved(value: Any, device: torch.device) -> Any:
 
 
 def _to_cpu(output: Any) -> Any:
-    hidden = output[0] if isinstance(output, tuple) else output
-    return (hidden.cpu(), *output[1:]) if isinstance(output, tuple) else hidden.cpu()
+    """Return the hidden states in CPU memory; attention weights beside them are not kept."""
+    if not isinstance(output, tuple):
+        return output.cpu()
+    return (output[0].cpu(), *(None if isinstance(x, Tensor) else x for x in output[1:]))

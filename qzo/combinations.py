@@ -1,5 +1,8 @@
 """What one key of a recipe says of another: combinations that are refused, in words."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from qzo.config import Recipe, ZOConfig
 from qzo.coordinates import BY_FACTORS
 from qzo.direction_settings import problem_of
@@ -74,13 +77,25 @@ def _check_unread(zo: ZOConfig) -> None:
     Raises:
         ConfigError: There is such a key.
     """
+    for key, why in _unread(zo).items():
+        default, got = ZOConfig.model_fields[key].default, getattr(zo, key)
+        raise ConfigError(f"zo.{key}: expected {default!r} {why.format(got=repr(got))}")
+
+
+def without_unread(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a ``zo`` block of an older run with the defaults of the keys that nothing reads."""
+    unread = _unread(ZOConfig(**values))
+    return {**values, **{key: ZOConfig.model_fields[key].default for key in unread}}
+
+
+def _unread(zo: ZOConfig) -> dict[str, str]:
+    """Return the keys that are set and not read, each with the end of its message."""
+    found = {}
     for key, (decider, with_values) in _READ_WITH.items():
-        if getattr(zo, decider) not in with_values and _is_set(zo, key):
+        chosen = getattr(zo, decider)
+        if chosen not in with_values and _is_set(zo, key):
             readers = " or ".join(repr(value) for value in with_values)
-            raise ConfigError(
-                f"zo.{key}: expected {ZOConfig.model_fields[key].default!r} with "
-                f"{getattr(zo, decider)!r}, got {getattr(zo, key)!r}; only {readers} reads it"
-            )
+            found[key] = f"with {chosen!r}, got {{got}}; only {readers} reads it"
     of_adam = zo.optimizer == "adam" or (zo.has_first_order and zo.first_order_optimizer == "adam")
     others = {
         **dict.fromkeys(("adam_beta1", "adam_beta2", "adam_epsilon"), (of_adam, "adam")),
@@ -92,11 +107,9 @@ def _check_unread(zo: ZOConfig) -> None:
         "normalize_over": (zo.normalize, "zo.normalize"),
     }
     for key, (is_read, reader) in others.items():
-        if not is_read and _is_set(zo, key):
-            raise ConfigError(
-                f"zo.{key}: expected {ZOConfig.model_fields[key].default!r} without {reader}, "
-                f"which reads it, got {getattr(zo, key)!r}"
-            )
+        if not is_read and key not in found and _is_set(zo, key):
+            found[key] = f"without {reader}, which reads it, got {{got}}"
+    return found
 
 
 def _is_set(zo: ZOConfig, key: str) -> bool:

@@ -136,7 +136,7 @@ def new_folder(target: Path) -> Iterator[Path]:
 def replaced_folder(target: Path) -> Iterator[Path]:
     """Give a temporary folder that takes the place of ``target`` when it is complete.
 
-    A process that is killed meanwhile leaves the one or the other; see ``settle``.
+    Where a process was killed meanwhile, ``settle`` finishes what it began.
 
     Raises:
         WriteError: It cannot be written; what was there before is intact.
@@ -146,7 +146,6 @@ def replaced_folder(target: Path) -> Iterator[Path]:
     try:
         with new_folder(complete) as partial:
             yield partial
-        remove(target)
         settle(target)
     except WriteError as error:
         raise WriteError(target, error.error) from error
@@ -157,7 +156,8 @@ def replaced_folder(target: Path) -> Iterator[Path]:
 def settle(target: Path) -> None:
     """Put a folder in its place that a killed process completed and did not put there."""
     complete = _complete(target)
-    if complete.exists() and not target.exists():
+    if complete.exists():
+        remove(target)  # or what is left of it
         complete.rename(target)
         sync(target.parent)
 

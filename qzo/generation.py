@@ -129,9 +129,10 @@ class Generator:
             try:
                 self._criteria[stop] = StopStringCriteria(self._tokenizer, stop)
             except ValueError as error:
+                reason = str(error).partition(".")[0]
                 raise ConfigError(
-                    f"generation_stop: expected null with this tokenizer, which does not write the "
-                    f"letters that transformers tries its tokens with, got {stop!r}"
+                    "generation_stop: expected null, or a string that can be found in the tokens "
+                    f"of this tokenizer, got {stop!r}: {reason}"
                 ) from error
         return StoppingCriteriaList([self._criteria[stop]])
 

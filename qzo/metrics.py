@@ -54,9 +54,10 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def evaluations(lines: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Return the lines of evaluations on the data of the newest one."""
+    """Return the lines of evaluations on the data of the newest one, or on data that none names."""
     found = [line for line in lines if "eval_loss" in line]
-    return [line for line in found if line.get(DATA_KEY) == found[-1].get(DATA_KEY)]
+    newest = found[-1].get(DATA_KEY) if found else None
+    return [line for line in found if line.get(DATA_KEY, newest) == newest]
 
 
 class Metrics:
@@ -107,14 +108,11 @@ class Metrics:
         counts = [line["forwards"] for line in self.lines if "forwards" in line]
         return float(counts[-1]) if counts else None
 
-    def best(self, *, by_reward: bool = False) -> tuple[int, float] | None:
-        """Return step and loss of the best evaluation so far, or minus its reward."""
+    def cost(self, step: int, *, by_reward: bool = False) -> float | None:
+        """Return the loss of the evaluation after so many steps, or minus its reward."""
         key, sign = ("eval_reward", -1) if by_reward else ("eval_loss", 1)
-        evaluated = [line for line in self._evaluations if line.get(key) is not None]
-        if not evaluated:
-            return None
-        line = min(evaluated, key=lambda line: sign * line[key])
-        return line["step"], sign * line[key]
+        found = [line[key] for line in self._evaluations if line["step"] == step]
+        return sign * found[-1] if found and found[-1] is not None else None
 
     def has_evaluation(self, step: int) -> bool:
         """Tell whether this step was evaluated."""

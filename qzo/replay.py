@@ -26,7 +26,7 @@ from qzo.journal_lines import (
 )
 from qzo.layer_scaling import stretch_scales
 from qzo.low_rank import lora_config
-from qzo.optimizers import Optimizer, make_optimizer
+from qzo.optimizers import RULES, Optimizer, make_optimizer
 from qzo.scales import Scales
 from qzo.sections import UNQUANTIZED, sections_of
 from qzo.tensor_files import tensor_bytes
@@ -143,6 +143,7 @@ def apply_journal(
     Raises:
         CheckpointError: A fingerprint differs, or the journal ends before ``to_step``.
     """
+    _check_rules(journal.header)
     stretch_scales(scales, journal.header)
     header, step, checked = journal.header, from_step, 0
     basis_steps = header_basis_steps(header)
@@ -186,6 +187,20 @@ def _apply_gradient(
     gradients = Gradients(journal.path.with_name(GRADIENTS_NAME), first_order.size)
     gradient = gradients.read(record.step).to(scales.values.device)
     first_order.step(scales, gradient, record.gradient.learning_rate)
+
+
+def _check_rules(header: Mapping[str, Any]) -> None:
+    """Refuse steps that an earlier QZO rounded in another way.
+
+    Raises:
+        CheckpointError: They are.
+    """
+    part = header.get("first_order") or {}
+    if "adam" in {header["optimizer"], part.get("optimizer")} and header.get("rules") != RULES:
+        raise CheckpointError(
+            f"journal: expected steps of adam by rules {RULES}, got {header.get('rules')}, which "
+            f"round in another way; use the QZO that wrote it ({header['qzo_version']})"
+        )
 
 
 def optimizer_of(header: Mapping[str, Any]) -> Optimizer:

@@ -1,7 +1,7 @@
 """From a recipe to a trained run: the only place where configuration meets data and model."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,11 @@ def _base(recipe: Recipe, ranks: Ranks) -> Checkpoint:
         raise ConfigError(
             "quantize: expected a 4-bit model where several processes train; run qzo quantize first"
         )
+    run = Path(recipe.output_dir)
+    if recipe.quantize is not None and not (
+        recipe.resume_from_checkpoint and (run / JOURNAL_NAME).exists()
+    ):
+        check_new(run)  # before it takes minutes
     return base_checkpoint(recipe)
 
 
@@ -123,11 +128,7 @@ def load_model(
 
 
 def base_checkpoint(recipe: Recipe) -> Checkpoint:
-    """Open the base; with ``quantize`` it is made first, in ``output_dir/base``.
-
-    Raises:
-        CheckpointError: There is a base that was made from another model, or in another format.
-    """
+    """Open the base; with ``quantize`` it is made first, in ``output_dir/base``."""
     if recipe.quantize is None:
         return open_checkpoint(recipe.model)
     from qzo.quantize import quantize
@@ -135,25 +136,38 @@ def base_checkpoint(recipe: Recipe) -> Checkpoint:
 
     run = Path(recipe.output_dir)
     folder, origin_path = run / BASE_NAME, run / BASE_ORIGIN_NAME
-    if recipe.resume_from_checkpoint and (run / JOURNAL_NAME).exists():
-        if folder.exists():
-            return open_checkpoint(folder)  # the journal has its digests
-    else:
-        check_new(run)
     origin = {"quantize": recipe.quantize, "model": recipe.model, "files": _files_of(recipe.model)}
-    if not folder.exists():
+    if folder.exists():
+        found = read_json(origin_path) if origin_path.exists() else None
+        _check_origin(folder, found, origin, has_journal=(run / JOURNAL_NAME).exists())
+    else:
         run.mkdir(parents=True, exist_ok=True)
         write_json(origin_path, origin)
         quantize(recipe.model, folder, QuantizeSettings(format=recipe.quantize))
-    found = read_json(origin_path) if origin_path.exists() else None
-    if found != origin:
-        made_from = "nothing that is known" if found is None else f"{found.get('model')} as "
-        made_from += "" if found is None else f"{found.get('quantize')}, or from other files of it"
-        raise CheckpointError(
-            f"{folder}: expected {recipe.model} as {recipe.quantize}, found what was made from "
-            f"{made_from}; choose another output_dir, or remove this folder"
-        )
     return open_checkpoint(folder)
+
+
+def _check_origin(
+    folder: Path, found: Mapping[str, Any] | None, origin: Mapping[str, Any], *, has_journal: bool
+) -> None:
+    """Refuse a base that was made from another model, or in another format.
+
+    A journal has the digests of the base and its format; there a model may have moved.
+
+    Raises:
+        CheckpointError: It was.
+    """
+    if has_journal and (found is None or _is_same_model(found, origin)):
+        return
+    if found == origin:
+        return
+    made_from = "nothing that is known"
+    if found is not None:
+        made_from = f"{found.get('model')} as {found.get('quantize')}, or from other files of it"
+    raise CheckpointError(
+        f"{folder}: expected {origin['model']} as {origin['quantize']}, found what was made from "
+        f"{made_from}; choose another output_dir, or remove this folder"
+    )
 
 
 def _files_of(model: str) -> dict[str, list[int]]:
@@ -162,6 +176,12 @@ def _files_of(model: str) -> dict[str, list[int]]:
     files = sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []
     found = {file.name: file.stat() for file in files if file.is_file()}
     return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in found.items()}
+
+
+def _is_same_model(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Tell whether two models have one name, or else files of the same names and sizes."""
+    sizes = [{name: value[0] for name, value in one["files"].items()} for one in (old, new)]
+    return bool(old["model"] == new["model"] or (sizes[0] and sizes[0] == sizes[1]))
 
 
 def data_sets(recipe: Recipe, tokenizer: Any) -> tuple[ExampleSet, ExampleSet | None]:

@@ -12,6 +12,7 @@ import yaml
 
 from qzo.adapter import unquantized_sha256
 from qzo.checkpoint import Checkpoint
+from qzo.combinations import without_unread
 from qzo.config import Recipe
 from qzo.directions import GENERATOR
 from qzo.encoding import Candidate, EncodedExample
@@ -20,6 +21,7 @@ from qzo.examples import ExampleSet
 from qzo.files import LOCK_NAME, is_partial, read_json, write_bytes
 from qzo.journal import NAME as JOURNAL_NAME
 from qzo.journal import Journal
+from qzo.optimizers import RULES
 from qzo.ranks import Ranks
 from qzo.rewards import WRITTEN
 from qzo.scales import Scales
@@ -49,6 +51,7 @@ def header_of(
         "torch_version": torch.__version__,
         "transformers_version": transformers.__version__,
         "generator": GENERATOR,
+        "rules": RULES,
         "base": str(checkpoint.folder.resolve()),
         "codes_sha256": checkpoint.codes_sha256(),
         "scales_sha256": checkpoint.scales_sha256(),
@@ -203,7 +206,7 @@ def _with_defaults(recipe: Mapping[str, Any]) -> dict[str, Any]:
     defaults = Recipe(model="", output_dir="").model_dump(mode="json")
     filled = {**defaults, **recipe}
     if isinstance(filled["zo"], dict):
-        filled["zo"] = {**defaults["zo"], **filled["zo"]}
+        filled["zo"] = without_unread({**defaults["zo"], **filled["zo"]})
     return filled
 
 

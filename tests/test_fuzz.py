@@ -297,7 +297,7 @@ def metrics(world: World, draw: random.Random) -> None:
 
     def use() -> None:
         opened = Metrics(world.run / "metrics.jsonl", 5)
-        opened.best()
+        opened.cost(4)
         opened.has_evaluation(4)
         _ = opened.logged_step
 

@@ -610,10 +610,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"estimator": "spsa", "optimizer": "conmezo", "blocks_per_step": 1}, "zo.blocks_per_step: "
         "expected none with the optimizer 'conmezo', whose momentum moves every value in every "
         "step, got 1"),
-    *(({**zo, "layer_scaling": "grad_norm"}, "zo.layer_scaling: expected 'none' or 'param_norm' "
-        f"with zo.{key}, got 'grad_norm', which moves every layer to measure it") for key, zo in {
-        "blocks_per_step": {"blocks_per_step": 1}, "sparsity": {"sparsity": 0.5},
-        "first_order_blocks": {"first_order_layers": "profile"}}.items()),
+    *(({key: value, "layer_scaling": "grad_norm"}, "zo.layer_scaling: expected 'none' or "
+        f"'param_norm' with zo.{key}, got 'grad_norm', which moves every layer to measure it")
+        for key, value in (("blocks_per_step", 1), ("sparsity", 0.5), ("first_order_blocks", 1))),
 ]  # fmt: skip
 
 

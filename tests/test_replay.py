@@ -294,3 +294,16 @@ def test_an_adapter_config_without_what_is_read_is_refused(run: Run, key: str) -
     kind = "int" if key == "step" else "str"
     with refusal(f"{run.folder / 'adapter_config.json'}: expected {key} of type {kind}, got None"):
         qzo.replay(run.folder)
+
+
+def test_steps_of_adam_that_were_rounded_in_another_way_are_refused(tmp_path: Path) -> None:
+    folder = trained_run(tmp_path, ESTIMATORS["adam"]).folder
+    path = folder / "journal.jsonl"
+    header, *lines = path.read_text().splitlines(keepends=True)
+    values = json.loads(header)
+    del values["rules"]
+    path.write_text("".join([json.dumps(values) + "\n", *lines]))
+
+    message = r"^journal: expected steps of adam by rules 2, got None, which round in another way; "
+    with pytest.raises(CheckpointError, match=message):
+        qzo.replay(folder)

@@ -1,6 +1,7 @@
 import json
 import math
 import re
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -706,6 +707,48 @@ def test_a_best_snapshot_that_was_complete_is_put_in_its_place(
     again = tiny_trainer(base, folder, resume_from_checkpoint=True, **keys)
     assert again.train().best_step == 2
     assert (folder / "best").exists()
+
+
+def test_the_best_is_chosen_again_where_its_snapshot_was_lost(
+    base: Path, tmp_path: Path, eval_losses: Callable[[list[float]], None]
+) -> None:
+    keys: dict[str, Any] = {"lr_scheduler_type": "constant", "eval_steps": 2}
+    keys |= {"evaluation": EVALUATION, "resume_from_checkpoint": True}
+    eval_losses([3.0, 1.0, 1.0])
+    tiny_trainer(base, tmp_path / "run", max_steps=2, **keys).train()
+    shutil.rmtree(tmp_path / "run" / "best")
+
+    eval_losses([1.5, 1.2, 1.9, 1.2, 1.2])
+    assert tiny_trainer(base, tmp_path / "run", max_steps=8, **keys).train().best_step == 6
+
+
+def test_a_best_snapshot_that_was_half_removed_is_replaced(
+    base: Path, tmp_path: Path, eval_losses: Callable[[list[float]], None]
+) -> None:
+    folder = tmp_path / "run"
+    keys: dict[str, Any] = {"lr_scheduler_type": "constant", "evaluation": EVALUATION}
+    eval_losses([3.0, 1.0, 1.0])
+    tiny_trainer(base, folder, max_steps=2, **keys).train()
+    shutil.copytree(folder / "best", folder / ".best.complete")
+    (folder / "best" / "trainer_state.json").unlink()
+
+    eval_losses([1.2, 1.0, 1.0])
+    again = tiny_trainer(base, folder, max_steps=4, resume_from_checkpoint=True, **keys)
+    assert again.train().best_step == 2
+
+
+def test_a_run_that_said_what_nothing_reads_goes_on_without_it(base: Path, tmp_path: Path) -> None:
+    keys: dict[str, Any] = {"lr_scheduler_type": "constant", "zo": {"estimator": "spsa"}}
+    tiny_trainer(base, tmp_path / "run", max_steps=2, **keys).train()
+    path = tmp_path / "run" / "journal.jsonl"
+    header, *lines = path.read_text().splitlines(keepends=True)
+    values = json.loads(header)
+    values["recipe"]["zo"] |= {"momentum": 0.5, "lora_rank": 4, "normalize": False}
+    path.write_text("".join([json.dumps(values) + "\n", *lines]))
+
+    again = tiny_trainer(base, tmp_path / "run", max_steps=3, resume_from_checkpoint=True, **keys)
+
+    assert again.train().steps == 3
 
 
 def test_the_best_snapshot_stays_where_a_better_one_cannot_be_written(

@@ -23,6 +23,7 @@ from transformers import (
 
 from quantizers.errors import ScaleRangeError
 from qzo.bench.suite import Method, Suite, TaskEntry, with_keys
+from qzo.combinations import without_unread
 from qzo.config import Recipe
 from qzo.conservative import NUM_TRIED
 from qzo.data import hold_out, is_file, load_records
@@ -240,7 +241,7 @@ def check_unchanged(cell: Cell) -> None:
     path = cell.folder / "recipe.yaml"
     if not path.exists():
         return
-    old, new = _comparable(recipe(read_keys(path))), _comparable(cell.recipe)
+    old, new = _comparable(_recipe_of_run(read_keys(path))), _comparable(cell.recipe)
     found = {key: (want, got) for key, want, got in differing(old, new, _FREE)}
     if not found:
         return
@@ -249,6 +250,11 @@ def check_unchanged(cell: Cell) -> None:
         f"{key}: expected {found[key][0]!r} as in the run in {cell.folder}, got {found[key][1]!r} "
         "from the suite; choose another --dir, or remove that folder"
     )
+
+
+def _recipe_of_run(keys: dict[str, Any]) -> Recipe:
+    zo = keys.get("zo")
+    return recipe({**keys, "zo": without_unread(zo)} if isinstance(zo, dict) else keys)
 
 
 def _comparable(config: Recipe) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from qzo.errors import QZOError
 from qzo.estimators import SPSA
 from qzo.journal import NAME, Journal
 from qzo.journal_lines import Record
-from qzo.optimizers import make_optimizer
+from qzo.optimizers import RULES, make_optimizer
 from qzo.replay import apply_journal
 from qzo.scales import Scales
 
@@ -102,7 +102,13 @@ def _header(num_values: int) -> dict[str, Any]:
     parts = [*attention, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
     return {
         **{"base": "synthetic", "codes_sha256": "0" * 64, "scales_sha256": "0" * 64},
-        **{"generator": GENERATOR, "qzo_version": versions()["qzo"], "seed": _SEED, "recipe": {}},
+        **{
+            "generator": GENERATOR,
+            "rules": RULES,
+            "qzo_version": versions()["qzo"],
+            "seed": _SEED,
+            "recipe": {},
+        },
         "layers": [f"model.layers.{i}.{part}" for i in range(40) for part in parts],
         **{"num_values": num_values, "coordinates": "relative", "direction": "rademacher"},
         **{"optimizer": "sgd", "optimizer_settings": {}},

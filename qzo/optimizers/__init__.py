@@ -21,7 +21,9 @@ from qzo.optimizers.optimizer import Optimizer
 from qzo.optimizers.sgd import SGD
 from qzo.optimizers.sign import Sign
 
-__all__ = ["OPTIMIZERS", "REMEMBERED", "Optimizer", "make_optimizer"]
+__all__ = ["OPTIMIZERS", "REMEMBERED", "RULES", "Optimizer", "make_optimizer"]
+
+RULES = 2  # goes into the journal: steps that are rounded in another way need another number
 
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "sgd": SGD,
