@@ -21,6 +21,10 @@ _NUMBERED = "checkpoint-"
 _SNAPSHOT_NAME = "scales.safetensors"
 _STATE_NAME = "trainer_state.json"
 _OPTIMIZER_PREFIX = "optimizer."
+_DAMAGED = (
+    "{folder}: expected a snapshot with values, step and fingerprint, got something else; "
+    "remove the folder to replay from an earlier one"
+)
 _FIRST_ORDER_PREFIX = "first_order."  # of what its rule remembers, among the optimizer's
 
 
@@ -59,25 +63,34 @@ def read_snapshot(folder: Path) -> Snapshot:
     Raises:
         CheckpointError: It is damaged.
     """
+    step, fingerprint, optimizer_sha256 = _read_state(folder)
     tensors = TensorFiles(folder, [_SNAPSHOT_NAME])
-    state = read_json(folder / _STATE_NAME)
-    step, fingerprint = state.get("step"), state.get("fingerprint")
-    if type(step) is not int or not isinstance(fingerprint, str) or "values" not in tensors.files:
-        raise CheckpointError(
-            f"{folder}: expected a snapshot with values, step and fingerprint, got something else; "
-            "remove the folder to replay from an earlier one"
-        )
+    if "values" not in tensors.files:
+        raise CheckpointError(_DAMAGED.format(folder=folder))
     remembered = {
         key.removeprefix(_OPTIMIZER_PREFIX): tensors[key]
         for key in tensors.files
         if key.startswith(_OPTIMIZER_PREFIX)
     }
-    if state.get("optimizer_sha256") != tensors_sha256(remembered):
+    if optimizer_sha256 != tensors_sha256(remembered):
         raise CheckpointError(
             f"{folder}: what the optimizer remembers was changed; remove the folder to replay from "
             "an earlier one"
         )
     return Snapshot(step, tensors["values"], remembered, fingerprint)
+
+
+def _read_state(folder: Path) -> tuple[int, str, object]:
+    """Return the step, the fingerprint and the digest of what the optimizer remembers.
+
+    Raises:
+        CheckpointError: They are damaged.
+    """
+    state = read_json(folder / _STATE_NAME)
+    step, fingerprint = state.get("step"), state.get("fingerprint")
+    if type(step) is not int or not isinstance(fingerprint, str):
+        raise CheckpointError(_DAMAGED.format(folder=folder))
+    return step, fingerprint, state.get("optimizer_sha256")
 
 
 class Snapshots:
@@ -130,7 +143,7 @@ class Snapshots:
         """Return how many steps were done at the snapshot ``best``; None where there is none."""
         folder = self.folder / BEST_NAME
         settle(folder)
-        return read_snapshot(folder).step if folder.exists() else None
+        return _read_state(folder)[0] if folder.exists() else None
 
     def take(self, snapshot: Snapshot) -> None:
         """Set scales, optimizer and first-order part to a snapshot."""
