@@ -137,8 +137,7 @@ def plan(
         depth: See ``Workload``.
         assumed: Quantization of a model that has none yet; GPTQ with 4 bits if None.
 
-    Raises:
-        ConfigError: An argument or the architecture cannot be used.
+    An argument or an architecture that cannot be used is a ConfigError.
     """
     if evaluations is not None:
         num_probes = stacked_probes(evaluations, batch_size, seq_len)
@@ -161,17 +160,27 @@ def plan(
     _check_workload(workload)
     config_path = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
     config = read_json(config_path)
-    stored = quantization_config(config_path.parent, config)
-    if stored is not None and assumed is not None:
+    quantization = _quantization(config_path.parent, config, assumed)
+    return _plan(config, quantization, workload, memory_bytes, evaluations)
+
+
+def _quantization(
+    folder: Path, config: dict[str, Any], assumed: Quantization | None
+) -> Quantization:
+    """Return what a checkpoint says of its codes, or what is assumed of a model without any.
+
+    Raises:
+        ConfigError: Both.
+    """
+    stored = quantization_config(folder, config)
+    if stored is None:
+        return assumed or assumed_quantization()
+    if assumed is not None:
         raise ConfigError(
             "format, bits, group_size: expected none of them for a checkpoint that is quantized "
             f"already, got {assumed.format} with {assumed.bits} bits; leave them out"
         )
-    if stored is None:
-        quantization = assumed or assumed_quantization()
-    else:
-        quantization = read_quantization(stored, block_size(config_path.parent))
-    return _plan(config, quantization, workload, memory_bytes, evaluations)
+    return read_quantization(stored, block_size(folder))
 
 
 def _check_workload(workload: Workload) -> None:

@@ -136,7 +136,7 @@ def base_checkpoint(recipe: Recipe) -> Checkpoint:
 
     run = Path(recipe.output_dir)
     folder, origin_path = run / BASE_NAME, run / BASE_ORIGIN_NAME
-    origin = {"quantize": recipe.quantize, "model": recipe.model, "files": _files_of(recipe.model)}
+    origin = _origin_of(recipe)
     if folder.exists():
         found = read_json(origin_path) if origin_path.exists() else None
         _check_origin(folder, found, origin, has_journal=(run / JOURNAL_NAME).exists())
@@ -170,18 +170,23 @@ def _check_origin(
     )
 
 
-def _files_of(model: str) -> dict[str, list[int]]:
-    """Return size and time of the files of a local model; nothing of one on the hub."""
-    path = Path(model)
+def _origin_of(recipe: Recipe) -> dict[str, Any]:
+    """Return what a base is made from; of a model on the hub nothing but its name and format."""
+    path = Path(recipe.model)
     files = sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []
     found = {file.name: file.stat() for file in files if file.is_file()}
-    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in found.items()}
+    return {
+        "quantize": recipe.quantize,
+        "model": recipe.model,
+        "sizes": {name: stat.st_size for name, stat in found.items()},
+        "times": {name: stat.st_mtime_ns for name, stat in found.items()},
+    }
 
 
 def _is_same_model(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
     """Tell whether two models have one name, or else files of the same names and sizes."""
-    sizes = [{name: value[0] for name, value in one["files"].items()} for one in (old, new)]
-    return bool(old["model"] == new["model"] or (sizes[0] and sizes[0] == sizes[1]))
+    is_copy = bool(new["sizes"]) and old.get("sizes") == new["sizes"]
+    return is_copy or bool(old.get("model") == new["model"])
 
 
 def data_sets(recipe: Recipe, tokenizer: Any) -> tuple[ExampleSet, ExampleSet | None]:

@@ -210,9 +210,8 @@ def write_tuning_data(suite: Suite, folder: Path, task: TaskEntry) -> dict[str, 
     for name in ("train", "held-out"):
         is_held_out = name == "held-out"
         part = [r for r, k in zip(records, keys, strict=True) if (k in held_out) == is_held_out]
-        lines = "".join(
-            json.dumps(record, default=str) + "\n" for record in part
-        )  # dates of Parquet
+        # str: of the dates that Parquet may hold
+        lines = "".join(json.dumps(record, default=str) + "\n" for record in part)
         write_bytes(place / f"{name}.jsonl", lines.encode("utf-8"))
     return {"data": str(place / "train.jsonl"), "eval_data": str(place / "held-out.jsonl")}
 
