@@ -14,6 +14,9 @@ from qzo.bench.commands import app as bench
 from qzo.errors import ConfigError, QZOError
 from qzo.terminal import (
     AsJSON,
+    Device,
+    Dtype,
+    MemoryLimit,
     console,
     progress_bar,
     show,
@@ -93,9 +96,9 @@ def quantize(
     as_json: AsJSON = False,
 ) -> None:
     """Write a standard 4-bit checkpoint of a float model."""
+    from qzo.placement import device_of
     from qzo.quantize import quantize as run
     from qzo.quantize_settings import QuantizeSettings
-    from qzo.run import device_of
 
     settings = QuantizeSettings(
         format=format,
@@ -150,9 +153,8 @@ def plan(
     num_probes: Annotated[
         int, typer.Option(help="Evaluations of an example: 8 in preset default, 2 in paper.")
     ] = 8,
-    dtype: Annotated[str, typer.Option(help="float32 (CPU), float16 or bfloat16 (CUDA).")] = (
-        "float32"
-    ),
+    device: Annotated[str, typer.Option(help="cpu or cuda; it need not be there.")] = "cpu",
+    dtype: Dtype = None,
     first_order_blocks: Annotated[
         int, typer.Option(help="Last blocks with exact gradients, as zo.first_order_blocks.")
     ] = 0,
@@ -180,6 +182,7 @@ def plan(
             coordinates=coordinates,
             evaluations=num_probes,
             dtype=dtype,
+            device=device,
             first_order_blocks=first_order_blocks,
             modules=modules or None,
             optimizer=optimizer,
@@ -246,19 +249,27 @@ def evaluate(
     num_examples: Annotated[int | None, typer.Option(min=1, help="Only the first so many.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples of a forward.")] = 32,
     max_length: Annotated[int, typer.Option(min=2, help="Tokens of an example at most.")] = 512,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    memory_limit: MemoryLimit = None,
     as_json: AsJSON = False,
 ) -> None:
     """Evaluate a checkpoint on a task or on your own data."""
     _check_evaluated(task, data, prompt)
+    from qzo.adapter import open_adapter
+    from qzo.batch_shape import evaluation_shape
+    from qzo.checkpoint import open_checkpoint
     from qzo.evaluate import evaluate as run
     from qzo.examples import read_set
-    from qzo.generation import Generator
+    from qzo.generation import MAX_NEW_TOKENS, Generator
+    from qzo.inference import load_for_inference
     from qzo.model import load_tokenizer, quant_linears
-    from qzo.run import evaluation_model
+    from qzo.placement import placement
 
     with stdout_for(as_json) as print_json:
-        model, opened = evaluation_model(checkpoint, adapter, device)
+        place = placement(device, dtype, memory_limit)
+        opened = open_checkpoint(checkpoint)
+        tuned = None if adapter is None else open_adapter(Path(adapter))
         tokenizer = load_tokenizer(opened.folder)
         examples = read_set(
             task=task,
@@ -269,6 +280,8 @@ def evaluate(
             num_examples=num_examples,
             is_prompted=prompt == "template",
         )
+        shape = evaluation_shape(examples, batch_size, MAX_NEW_TOKENS)
+        model = load_for_inference(opened, place, shape, adapter=tuned)
         live = quant_linears(model)[0].live
         generator = None
         if examples.is_generation:
@@ -337,17 +350,35 @@ def generate(
     prompt: Annotated[str, typer.Option(help="Text to continue.")],
     adapter: Annotated[str | None, typer.Option(help="A run folder.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write.")] = 50,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    memory_limit: MemoryLimit = None,
     as_json: AsJSON = False,
 ) -> None:
     """Continue a prompt, greedily."""
+    from qzo.adapter import open_adapter
+    from qzo.batch_shape import BatchShape
+    from qzo.checkpoint import open_checkpoint
+    from qzo.encoding import encode_prompt
     from qzo.generation import generate as run
+    from qzo.inference import load_for_inference
     from qzo.model import load_tokenizer
-    from qzo.run import evaluation_model
+    from qzo.placement import placement
 
     with stdout_for(as_json) as print_json:
-        model, opened = evaluation_model(checkpoint, adapter, device)
+        place = placement(device, dtype, memory_limit)
+        opened = open_checkpoint(checkpoint)
+        tuned = None if adapter is None else open_adapter(Path(adapter))
         tokenizer = load_tokenizer(opened.folder)
+        room = int(opened.config.get("max_position_embeddings", 2048))
+        tokens = len(encode_prompt(tokenizer, prompt, max_length=room)) + max_new_tokens
+        model = load_for_inference(
+            opened,
+            place,
+            BatchShape(rows=1, tokens=tokens, generated=max_new_tokens),
+            adapter=tuned,
+            lower="--max-new-tokens",
+        )
         text = run(model, tokenizer, prompt, max_new_tokens=max_new_tokens)
         if as_json:
             print_json({"prompt": prompt, "completion": text})

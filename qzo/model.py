@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from quantizers.errors import FormatError
-from qzo.checkpoint import Checkpoint, dtype_name, natural_order, open_checkpoint
+from qzo.checkpoint import Checkpoint, natural_order, open_checkpoint
 from qzo.errors import CheckpointError, ConfigError
 from qzo.files import read_json
 from qzo.linear import Live, QuantLinear
 from qzo.mapped import keep_stored
+from qzo.placement import default_dtype
 from qzo.shapes import check_counts
 from qzo.streaming import Budget, stream
 
@@ -66,7 +67,8 @@ def load_checkpoint(
     """
     device = torch.device(device)
     model = _skeleton(checkpoint.folder)
-    dtype = dtype or (torch.float32 if device.type == "cpu" else _config_dtype(checkpoint))
+    if dtype is None:
+        dtype = cast(torch.dtype, getattr(torch, default_dtype(checkpoint.config, device.type)))
     keys = _module_keys(model, checkpoint)
     live = Live()
     used: set[str] = set()
@@ -211,10 +213,6 @@ def _skeleton(folder: Path) -> PreTrainedModel:
             f"{folder / 'config.json'}: expected a causal language model: {reason}"
         ) from error
     return cast(PreTrainedModel, model)
-
-
-def _config_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    return cast(torch.dtype, getattr(torch, dtype_name(checkpoint.config)))
 
 
 def _module_keys(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:

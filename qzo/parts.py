@@ -22,8 +22,9 @@ from qzo.footprint import (
 from qzo.linear import TILE_ELEMENTS
 from qzo.mapped import TILE_ELEMENTS as HEAD_TILE_ELEMENTS
 from qzo.optimizers import REMEMBERED
+from qzo.placement import DTYPES
 from qzo.shapes import LinearShape, ModelShapes
-from qzo.workload import DTYPES, Differentiated, Trained, Workload
+from qzo.workload import Differentiated, Trained, Workload
 
 TILE_STEP = 32  # rows; a tile has a multiple of them
 WINDOW = 2**18  # elements of one shifted vector at one time

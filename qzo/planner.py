@@ -35,6 +35,7 @@ from qzo.footprint import (
 from qzo.model import trained_blocks
 from qzo.optimizers import OPTIMIZERS
 from qzo.parts import Part, all_parts, num_trained
+from qzo.placement import DTYPES, default_dtype
 from qzo.probes import stacked_probes
 from qzo.shapes import (
     ModelShapes,
@@ -44,7 +45,7 @@ from qzo.shapes import (
     values_of_token,
 )
 from qzo.trace import activation_bytes_per_row, backward_bytes_per_row
-from qzo.workload import DTYPES, Differentiated, Trained, Workload
+from qzo.workload import Differentiated, Trained, Workload
 
 _EVALUATED = int(Recipe.model_fields["per_device_eval_batch_size"].default)
 
@@ -105,7 +106,8 @@ def plan(
     coordinates: str = "row",
     num_probes: int = 2,
     evaluations: int | None = None,
-    dtype: str = "float32",
+    dtype: str | None = None,
+    device: str = "cpu",
     first_order_blocks: int = 0,
     optimizer: str = "sgd",
     lora_rank: int = 0,
@@ -127,7 +129,8 @@ def plan(
         num_probes: See ``Workload``.
         evaluations: Of an example in a step; where given, as many probes are stacked as training
             stacks of them, more with a smaller batch. ``num_probes`` is not read then.
-        dtype: See ``Workload``.
+        dtype: See ``Workload``; what the model is loaded in on that device if None.
+        device: See ``Workload``.
         first_order_blocks: See ``Workload``; at most the blocks there are.
         optimizer: See ``Workload``.
         lora_rank: See ``Workload``; of the layers that are chosen.
@@ -141,6 +144,8 @@ def plan(
     """
     if evaluations is not None:
         num_probes = stacked_probes(evaluations, batch_size, seq_len)
+    config_path = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
+    config = read_json(config_path)
     scored = min(Workload.answer_len, seq_len) if answer_len is None else answer_len
     workload = Workload(
         batch_size,
@@ -148,7 +153,8 @@ def plan(
         scored,
         coordinates,
         num_probes,
-        dtype,
+        dtype or _default_dtype(config, device),
+        device,
         first_order_blocks=first_order_blocks,
         optimizer=optimizer,
         lora_rank=lora_rank,
@@ -158,8 +164,6 @@ def plan(
         depth=depth,
     )
     _check_workload(workload)
-    config_path = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
-    config = read_json(config_path)
     quantization = _quantization(config_path.parent, config, assumed)
     return _plan(config, quantization, workload, memory_bytes, evaluations)
 
@@ -196,6 +200,8 @@ def _check_workload(workload: Workload) -> None:
             f"coordinates: expected one of {', '.join(get_args(Coordinates))}, got "
             f"{workload.coordinates!r}"
         )
+    if workload.device not in {"cpu", "cuda"}:
+        raise ConfigError(f"device: expected 'cpu' or 'cuda', got {workload.device!r}")
     if workload.dtype not in DTYPES:
         raise ConfigError(f"dtype: expected one of {', '.join(DTYPES)}, got {workload.dtype!r}")
     if workload.optimizer not in OPTIMIZERS:
@@ -345,6 +351,11 @@ def _checkpoint_bytes(
     return quantized + size * (shapes.num_embedding + shapes.num_head + shapes.num_other)
 
 
+def _default_dtype(config: dict[str, Any], device: str) -> str:
+    dtype = default_dtype(config, device)
+    return dtype if dtype in DTYPES else "float16"
+
+
 def _stored_dtype(config: dict[str, Any]) -> str:
     dtype = dtype_name(config)
     return dtype if dtype in DTYPES else "float16"
@@ -365,5 +376,5 @@ def _notes(quantization: Quantization, workload: Workload, attention: str) -> tu
             f"set; with more than {workload.num_rows} it needs more than this."
         )
     if workload.device == "cuda":
-        notes.append(f"{workload.dtype} is the CUDA path; the file on the host is not counted.")
+        notes.append("Memory of the device; the file on the host is not counted.")
     return tuple(notes)

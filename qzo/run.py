@@ -5,10 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel, TrainerCallback
 
-from qzo.adapter import apply_adapter, open_adapter
+from qzo.adapter import open_adapter
 from qzo.card import model_card
 from qzo.checkpoint import Checkpoint, open_checkpoint
 from qzo.config import Recipe
@@ -19,12 +18,13 @@ from qzo.files import read_json, write_bytes, write_json
 from qzo.interrupts import explained_bus_errors
 from qzo.journal import NAME as JOURNAL_NAME
 from qzo.model import Progress, load_checkpoint, load_tokenizer
+from qzo.placement import device_of, placement
 from qzo.plot import plot_run
 from qzo.ranks import Ranks
 from qzo.result import Result
 from qzo.rewards import RewardFunction, load_reward
 from qzo.run_folder import BASE_NAME, BASE_ORIGIN_NAME, check_new
-from qzo.run_memory import memory_budget
+from qzo.run_memory import run_budget
 from qzo.trainer import Trainer
 
 
@@ -122,9 +122,9 @@ def load_model(
         sets: Training examples and, if there are any, those to evaluate on.
         progress: See ``load_checkpoint``.
     """
-    device = device_of(recipe.device)
-    budget = memory_budget(recipe, checkpoint, sets, device)
-    return load_checkpoint(checkpoint, _dtype(recipe), device, budget=budget, progress=progress)
+    place = placement(recipe.device, recipe.dtype, recipe.memory_limit)
+    budget = run_budget(recipe, checkpoint, sets, place.device)
+    return load_checkpoint(checkpoint, place.dtype, place.device, budget=budget, progress=progress)
 
 
 def base_checkpoint(recipe: Recipe) -> Checkpoint:
@@ -231,40 +231,3 @@ def data_sets(recipe: Recipe, tokenizer: Any) -> tuple[ExampleSet, ExampleSet | 
         **common,
     )
     return train_set, eval_set
-
-
-def device_of(name: str | None) -> torch.device:
-    """Return the device of a name; a CUDA device where there is one unless named.
-
-    Under ``torchrun`` every process of a computer takes a CUDA device of its own.
-
-    Raises:
-        ConfigError: There is no such device.
-    """
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda" and "LOCAL_RANK" in os.environ:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
-    kind, colon, number = name.partition(":")
-    if kind not in {"cpu", "cuda"} or bool(colon) is not (kind == "cuda" and number.isdecimal()):
-        raise ConfigError(f"device: expected 'cpu' or 'cuda', got {name!r}")
-    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"device: expected a device that exists, got {name!r}; use 'cpu'")
-    return torch.device(name)
-
-
-def _dtype(recipe: Recipe) -> torch.dtype | None:
-    if recipe.dtype is None:
-        return None
-    dtype: torch.dtype = getattr(torch, recipe.dtype)
-    return dtype
-
-
-def evaluation_model(
-    base: str, adapter: str | None, device: str | None
-) -> tuple[PreTrainedModel, Checkpoint]:
-    """Load a checkpoint, with the scales of a run if one is named."""
-    checkpoint = open_checkpoint(base)
-    model = load_checkpoint(checkpoint, None, device_of(device))
-    if adapter is not None:
-        apply_adapter(model, checkpoint, open_adapter(Path(adapter)))
-    return model, checkpoint

@@ -7,47 +7,33 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
+from qzo.batch_shape import longest_row, most_rows, most_scored
+from qzo.budget import memory_budget
 from qzo.checkpoint import Checkpoint
 from qzo.config import Recipe
-from qzo.errors import ConfigError
 from qzo.estimators import evaluations_per_example, make_estimator
 from qzo.examples import ExampleSet
-from qzo.free_memory import available_bytes
 from qzo.memory import parse_memory
+from qzo.placement import DTYPES, default_dtype
 from qzo.planner import plan
 from qzo.probes import STACKED_TOKENS
 from qzo.rewards import WRITTEN
 from qzo.shapes import values_of_token
 from qzo.streaming import Budget
-from qzo.workload import DTYPES
-
-_SMALL = 0.5  # of the memory: a checkpoint that is smaller is not planned before it is loaded
 
 
-def memory_budget(
+def run_budget(
     recipe: Recipe, checkpoint: Checkpoint, sets: Sequence[ExampleSet], device: torch.device
 ) -> Budget | None:
-    """Return the memory of a run where it is limited, or where the plan says that it is short.
-
-    Raises:
-        ConfigError: There is a limit, and the architecture cannot be planned.
-    """
-    if recipe.memory_limit is not None:
-        limit, is_given = parse_memory(recipe.memory_limit, "memory_limit"), True
-    else:
-        available = available_bytes(device)
-        if available is None or checkpoint.tensors.num_bytes < _SMALL * available:
-            return None
-        limit, is_given = available, False
-    try:
-        streaming, other = planned_bytes(recipe, checkpoint, sets, device)
-    except ConfigError:
-        if is_given:
-            raise
-        return None
-    if not is_given and streaming + other <= limit:
-        return None
-    return Budget(limit, other, is_given)
+    """Return the memory of a run; see ``memory_budget``."""
+    limit = recipe.memory_limit
+    return memory_budget(
+        None if limit is None else parse_memory(limit, "memory_limit"),
+        checkpoint,
+        device,
+        lambda: planned_bytes(recipe, checkpoint, sets, device),
+        lower="per_device_train_batch_size, per_device_eval_batch_size or max_length",
+    )
 
 
 def planned_bytes(
@@ -64,15 +50,16 @@ def planned_bytes(
         sets: Training examples and, if there are any, those to evaluate on.
         device: Where the model is.
     """
-    longest, written = _longest_row(recipe, sets), _written_tokens(recipe, sets)
-    dtype = "float32" if device.type == "cpu" else recipe.dtype or "float16"
+    longest, written = longest_row(sets, default=recipe.max_length), _written_tokens(recipe, sets)
+    dtype = recipe.dtype or default_dtype(checkpoint.config, device.type)
     plan_of = partial(
         plan,
         checkpoint.folder,
         seq_len=longest + written,
-        answer_len=_most_scored(sets),
+        answer_len=most_scored(sets),
         coordinates=recipe.zo.coordinates,
         dtype=dtype,
+        device=device.type,
         optimizer=recipe.zo.optimizer,
         lora_rank=recipe.zo.lora_rank if recipe.zo.tuned == "lora" else 0,
         prefix_tokens=recipe.zo.prefix_tokens if recipe.zo.tuned == "prefix" else 0,
@@ -111,27 +98,12 @@ def _stacked_rows(recipe: Recipe, sets: Sequence[ExampleSet], probes: int, longe
         rows = min(rows, max(STACKED_TOKENS // longest, of_probe))
     rows *= 1 + (recipe.zo.estimator == "forward_gradient")  # a tangent beside every activation
     evaluated = sets[1:] or sets  # without a set of its own, the reference loss is of training's
-    of_evaluation = [_most_rows(data) * recipe.per_device_eval_batch_size for data in evaluated]
+    of_evaluation = [most_rows(data) * recipe.per_device_eval_batch_size for data in evaluated]
     return max([rows, *of_evaluation])
 
 
 def _rows_of_batch(recipe: Recipe, data: ExampleSet) -> int:
-    return _most_rows(data) * recipe.per_device_train_batch_size
-
-
-def _most_rows(data: ExampleSet) -> int:
-    return max((len(example.rows) for example in data.examples), default=1)
-
-
-def _longest_row(recipe: Recipe, sets: Sequence[ExampleSet]) -> int:
-    lengths = (len(row) for data in sets for example in data.examples for row in example.rows)
-    return max(lengths, default=recipe.max_length)
-
-
-def _most_scored(sets: Sequence[ExampleSet]) -> int:
-    """Return the most predictions that are scored of an answer."""
-    answers = (c for data in sets for example in data.examples for c in example.candidates)
-    return max((len(answer.positions) for answer in answers), default=1)
+    return most_rows(data) * recipe.per_device_train_batch_size
 
 
 def _written_tokens(recipe: Recipe, sets: Sequence[ExampleSet]) -> int:

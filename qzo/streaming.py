@@ -35,11 +35,13 @@ class Budget:
         limit_bytes: For everything.
         other_bytes: What everything but the file's pages needs.
         is_given: A limit that the user gave is kept or refused; otherwise it is a wish.
+        lower: What to lower where it is too small: keys or flags.
     """
 
     limit_bytes: int
     other_bytes: int
     is_given: bool = True
+    lower: str = "per_device_train_batch_size, per_device_eval_batch_size or max_length"
 
 
 @runtime_checkable
@@ -136,8 +138,7 @@ def _num_kept(sizes: Sequence[int], budget: Budget) -> int:
     needed = (budget.other_bytes + _passing(sizes)) / 2**30
     raise ConfigError(
         f"memory_limit: expected at least {needed + 0.005:.2f}GiB for this run, got "
-        f"{budget.limit_bytes / 2**30:.2f}GiB; raise it, or lower per_device_train_batch_size, "
-        "per_device_eval_batch_size or max_length"
+        f"{budget.limit_bytes / 2**30:.2f}GiB; raise it, or lower {budget.lower}"
     )
 
 

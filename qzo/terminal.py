@@ -18,6 +18,19 @@ if TYPE_CHECKING:
     from qzo.result import Result
 
 AsJSON = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Device = Annotated[
+    str | None, typer.Option(help="cpu, cuda or cuda:N (default: cuda if there is one).")
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        help="float32, float16 or bfloat16 (default: float32 on a CPU, else that of config.json)."
+    ),
+]
+MemoryLimit = Annotated[
+    str | None,
+    typer.Option(help="Stream the decoder blocks that do not fit into this much, e.g. 4GiB."),
+]
 PrintJSON = Callable[[Any], None]
 
 _CHOSEN = ("loss", "accuracy", "accuracy_bias_corrected")

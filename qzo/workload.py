@@ -3,11 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 from qzo.shapes import LinearShape
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -29,8 +25,8 @@ class Workload:
         modules: Only layers whose names hold one of these texts are trained; None for all.
         num_blocks: Only the last so many blocks are trained; None for all.
         depth: Or those from the first to before the second part of the depth, 0 to 1.
-        dtype: Type of activations and of the weights that are not quantized. float32 is the CPU
-            path, the 16-bit types are the CUDA path.
+        dtype: Type of activations and of the weights that are not quantized.
+        device: Where this runs: ``cpu`` or ``cuda``.
     """
 
     batch_size: int = 16
@@ -39,6 +35,7 @@ class Workload:
     coordinates: str = "row"
     num_probes: int = 2
     dtype: str = "float32"
+    device: str = "cpu"
     first_order_blocks: int = 0
     optimizer: str = "sgd"
     lora_rank: int = 0
@@ -46,11 +43,6 @@ class Workload:
     modules: tuple[str, ...] | None = None
     num_blocks: int | None = None
     depth: tuple[float, float] | None = None
-
-    @property
-    def device(self) -> str:
-        """Where this runs: ``cpu`` or ``cuda``."""
-        return "cpu" if self.dtype == "float32" else "cuda"
 
     @property
     def num_rows(self) -> int:

@@ -65,8 +65,8 @@ def test_a_limit_below_what_the_run_needs_is_refused(base: Path, tmp_path: Path)
 def test_a_model_streams_by_itself_where_memory_is_short(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, available: int, streams: bool
 ) -> None:
-    monkeypatch.setattr("qzo.run_memory.available_bytes", lambda _: available)
-    monkeypatch.setattr("qzo.run_memory._SMALL", 0.0)
+    monkeypatch.setattr("qzo.budget.available_bytes", lambda _: available)
+    monkeypatch.setattr("qzo.budget._SMALL", 0.0)
     recipe = short_recipe(base, tmp_path / "run")
     model = run.load_model(recipe, open_checkpoint(base), [ExampleSet([], "classification")])
     assert (model.qzo_budget is not None) is streams

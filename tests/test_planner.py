@@ -445,7 +445,7 @@ def test_lora_factors_and_prefixes_count_with_their_moments(
 
 
 def test_every_part_is_listed_and_explained(tmp_path: Path) -> None:
-    result = plan(write_config(tmp_path, TOY, NF4), dtype="float16", coordinates="relative")
+    result = plan(write_config(tmp_path, TOY, NF4), device="cuda", coordinates="relative")
 
     assert list(sizes(result)) == [
         "codes",
@@ -505,11 +505,16 @@ def test_the_planner_knows_the_block_sizes_of_the_forward() -> None:
     ("quantization", "arguments", "num_bytes"),
     [
         (GPTQ, {}, 4 + 0.5),
-        (GPTQ, {"dtype": "float16"}, 4 + 2),
+        (GPTQ, {"dtype": "float16"}, 4 + 0.5 + 2),
+        (GPTQ, {"dtype": "float16", "device": "cuda"}, 4 + 2),
         (GPTQ, {"coordinates": "absolute"}, 4 + 0.5 + 4),
         (GPTQ, {"coordinates": "absolute", "num_probes": 1}, 4 + 0.5),
         (NF4, {"coordinates": "relative"}, 4 + 4),
-        (NF4, {"coordinates": "relative", "dtype": "bfloat16"}, 4 + 4 + 2 + 5),
+        (
+            NF4,
+            {"coordinates": "relative", "dtype": "bfloat16", "device": "cuda"},
+            4 + 4 + 2 + 5,
+        ),
     ],
 )
 def test_a_tile_counts_every_buffer(

@@ -22,7 +22,7 @@ from qzo.bench.cells import (
 from qzo.bench.machine import hardware, versions
 from qzo.bench.suite import Method, Suite, TaskEntry
 from qzo.evaluate import mean_and_error
-from qzo.run import device_of
+from qzo.placement import device_of
 
 METRICS = ("loss", "accuracy", "accuracy_bias_corrected", "f1")
 

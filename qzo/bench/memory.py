@@ -15,12 +15,12 @@ import torch
 from qzo.bench.clock import interleaved
 from qzo.bench.machine import hardware, versions
 from qzo.bench.training_run import RunSettings, run_apart
-from qzo.checkpoint import dtype_name, open_checkpoint
+from qzo.checkpoint import open_checkpoint
 from qzo.files import read_json
 from qzo.memory import parse_memory
+from qzo.placement import DTYPES
 from qzo.planner import Plan, plan
 from qzo.shapes import build_skeleton, head_name, linear_shapes
-from qzo.workload import DTYPES
 
 PRODUCT_REPEATS = 3
 
@@ -63,7 +63,6 @@ def bench_memory(settings: RunSettings) -> dict[str, Any]:
 def predict(settings: RunSettings) -> Plan:
     """Return what ``qzo plan`` says about the same workload."""
     checkpoint = open_checkpoint(settings.checkpoint)
-    default = "float32" if settings.device == "cpu" else dtype_name(checkpoint.config)
     return plan(
         checkpoint.folder,
         batch_size=settings.batch_size,
@@ -71,7 +70,8 @@ def predict(settings: RunSettings) -> Plan:
         answer_len=settings.answer_len,
         coordinates=settings.coordinates,
         evaluations=settings.num_probes,
-        dtype=settings.dtype or default,
+        dtype=settings.dtype,
+        device=torch.device(settings.device).type,
         first_order_blocks=settings.first_order_blocks,
     )
 
