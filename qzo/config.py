@@ -13,6 +13,7 @@ from pydantic_core import PydanticCustomError
 from qzo.coordinates import Coordinates
 from qzo.direction_settings import RANK_MAX, RANKS, DirectionSettings, LawName, MaskName
 from qzo.schedules import learning_rate
+from qzo.workload import EVAL_BATCH_SIZE
 
 
 def _no_truth(value: Any) -> Any:
@@ -163,7 +164,7 @@ class Recipe(BaseModel):
     per_device_train_batch_size: Int = Field(default=16, ge=1)
     gradient_accumulation_steps: Int = Field(default=1, ge=1)
     stratified_batches: bool = True  # classes are spread evenly over an epoch
-    per_device_eval_batch_size: Int = Field(default=32, ge=1)
+    per_device_eval_batch_size: Int = Field(default=EVAL_BATCH_SIZE, ge=1)
     max_length: Int = Field(default=512, ge=2)
     num_train_examples: Int | None = Field(default=None, ge=1)
     num_eval_examples: Int = Field(default=500, ge=0)

@@ -22,9 +22,9 @@ from typing import Any
 
 from quantizers import gptq, nf4
 from quantizers.formats import detect
+from quantizers.group_size import usual_group_size
 from quantizers.nf4_algorithm import BLOCK_SIZES
 from qzo.errors import CheckpointError, ConfigError
-from qzo.quantize_settings import usual_group_size
 from qzo.shapes import LinearShape
 from qzo.tensor_files import TensorFiles
 

@@ -18,12 +18,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from quantizers.errors import FormatError
 from qzo.checkpoint import Checkpoint, natural_order, open_checkpoint
+from qzo.config_counts import check_counts
 from qzo.errors import CheckpointError, ConfigError
 from qzo.files import read_json
 from qzo.linear import Live, QuantLinear
 from qzo.mapped import keep_stored
 from qzo.placement import default_dtype
-from qzo.shapes import check_counts
 from qzo.streaming import Budget, stream
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")

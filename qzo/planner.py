@@ -13,10 +13,9 @@ from typing import Any, get_args
 
 from transformers import PreTrainedModel
 
-from qzo.blocks import find_blocks
 from qzo.checkpoint import dtype_name, quantization_config
-from qzo.config import Recipe
 from qzo.coordinates import BY_FACTORS, Coordinates, crossing_message
+from qzo.decoder_blocks import find_blocks
 from qzo.errors import ConfigError
 from qzo.files import read_json
 from qzo.footprint import (
@@ -45,9 +44,7 @@ from qzo.shapes import (
     values_of_token,
 )
 from qzo.trace import activation_bytes_per_row, backward_bytes_per_row
-from qzo.workload import Differentiated, Trained, Workload
-
-_EVALUATED = int(Recipe.model_fields["per_device_eval_batch_size"].default)
+from qzo.workload import EVAL_BATCH_SIZE, Differentiated, Trained, Workload
 
 
 @dataclass(frozen=True)
@@ -370,9 +367,10 @@ def _notes(quantization: Quantization, workload: Workload, attention: str) -> tu
         notes.append("Attention is eager in this model: its T x T scores are in the activations.")
     else:
         notes.append(f"Attention is {attention}: no T x T scores; batches need no attention mask.")
-    if workload.num_rows < _EVALUATED:
+    if workload.num_rows < EVAL_BATCH_SIZE:
         notes.append(
-            f"An evaluation has per_device_eval_batch_size examples a forward, {_EVALUATED} unless "
+            "An evaluation has per_device_eval_batch_size examples a forward, "
+            f"{EVAL_BATCH_SIZE} unless "
             f"set; with more than {workload.num_rows} it needs more than this."
         )
     if workload.device == "cuda":

@@ -21,8 +21,10 @@ from torch import Tensor, nn
 
 from quantizers.errors import FormatError
 from quantizers.gptq_algorithm import Hessian
-from qzo.blocks import BlockRun, captured_inputs, find_blocks, linear_layers, visit_blocks
+from quantizers.group_size import usual_group_size
+from qzo.blocks import BlockRun, captured_inputs, visit_blocks
 from qzo.calibration import read_calibration_texts, samples_of_model, token_windows
+from qzo.decoder_blocks import find_blocks, linear_layers
 from qzo.errors import CheckpointError, DataError
 from qzo.files import new_folder, write_json
 from qzo.layer_codes import check_sizes, quantize_layer
@@ -30,7 +32,6 @@ from qzo.quantize_settings import (
     QuantizeSettings,
     bitsandbytes_config,
     gptq_config,
-    usual_group_size,
 )
 from qzo.source import FloatModel, copy_side_files, open_float_model
 from qzo.tensor_files import CheckpointWriter

@@ -5,7 +5,6 @@ Which zero points a GPTQ file stores: ``gptq`` (v1) for symmetric grids, which e
 3 bits, where AutoGPTQ and GPTQModel disagree about v1.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +18,6 @@ from qzo.errors import ConfigError
 _FORMATS = ("gptq", "nf4", "fp4")
 _METHODS = ("gptq", "rtn")
 _ROW = -1  # group_size of one group per row
-_USUAL_GROUP_SIZES = {"gptq": (128, 64, 32), "nf4": (64, 32), "fp4": (64, 32)}
-_RAGGED_GROUP_SIZE = {"gptq": 32, "nf4": 64, "fp4": 64}
 
 
 @dataclass(frozen=True)
@@ -91,22 +88,6 @@ class QuantizeSettings:
         """Return the grid of a GPTQ layer; the group size must be decided."""
         assert self.group_size is not None
         return Grid(self.bits, self.group_size, self.is_symmetric)
-
-
-def usual_group_size(format_name: str, input_sizes: Iterable[int]) -> int:
-    """Return the group size to use where none is given; see ``QuantizeSettings``.
-
-    Args:
-        format_name: ``gptq``, ``nf4`` or ``fp4``.
-        input_sizes: Of all layers.
-    """
-    sizes = set(input_sizes)
-    dividing = (
-        group_size
-        for group_size in _USUAL_GROUP_SIZES[format_name]
-        if all(size % group_size == 0 for size in sizes)
-    )
-    return next(dividing, _RAGGED_GROUP_SIZE[format_name])
 
 
 def gptq_config(settings: QuantizeSettings) -> dict[str, Any]:

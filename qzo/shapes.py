@@ -1,6 +1,6 @@
 """Shapes of a model, read off its transformers class on the meta device: no weights, no device."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,9 +8,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from qzo.config_counts import check_counts
 from qzo.errors import ConfigError
-
-_COUNT_MAX = 100_000
 
 
 @dataclass(frozen=True)
@@ -93,18 +92,6 @@ def values_of_token(config: Any) -> int:
     width = getattr(text, "head_dim", None) or text.hidden_size // heads
     key_heads = getattr(text, "num_key_value_heads", None) or heads
     return 2 * int(text.num_hidden_layers * key_heads * width)
-
-
-def check_counts(config: Mapping[str, Any]) -> None:
-    """Refuse counts of layers, heads or experts that nothing could build.
-
-    Raises:
-        ConfigError: A count is too large.
-    """
-    for key, value in config.items():
-        is_count = key.startswith(("num_", "n_")) and isinstance(value, int | float)
-        if is_count and not value <= _COUNT_MAX:
-            raise ConfigError(f"config.json: {key}: expected at most {_COUNT_MAX}, got {value}")
 
 
 def model_shapes(model: PreTrainedModel, is_quantized: Callable[[str], bool]) -> ModelShapes:

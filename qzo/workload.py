@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from qzo.shapes import LinearShape
 
+EVAL_BATCH_SIZE = 32  # examples of a forward that evaluates, unless a recipe says otherwise
+
 
 @dataclass(frozen=True)
 class Workload:

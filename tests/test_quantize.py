@@ -26,8 +26,9 @@ import qzo.model
 from quantizers.errors import FormatError
 from quantizers.gptq_algorithm import Hessian, gptq
 from quantizers.rounding import round_to_nearest
-from qzo.blocks import captured_inputs, linear_layers, visit_blocks
+from qzo.blocks import captured_inputs, visit_blocks
 from qzo.calibration import samples_of_model
+from qzo.decoder_blocks import linear_layers
 from qzo.errors import CheckpointError, ConfigError, DataError
 from qzo.quantize import quantize
 from qzo.quantize_settings import QuantizeSettings
