@@ -9,41 +9,18 @@ A row longer than ``max_length`` loses tokens on the left, behind the beginning-
 Source: MeZO (arXiv 2305.17333) encodes its prompts and answers so.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import TypeAlias, cast
+
+from transformers import PreTrainedTokenizerBase
 
 from qzo.chat import Message, Render, assistant_spans, num_shared, turn_span
 from qzo.errors import DataError
 
+Tokenizer: TypeAlias = PreTrainedTokenizerBase
+
 _SHOWN_CHARACTERS = 40
-
-
-@runtime_checkable
-class Tokenizer(Protocol):
-    """What is used of a transformers tokenizer."""
-
-    @property
-    def bos_token_id(self) -> int | None:
-        """Token that the tokenizer puts first, if it has one."""
-
-    @property
-    def eos_token_id(self) -> int | None:
-        """Token that ends a text, if the tokenizer has one."""
-
-    def __call__(
-        self, text: str, *, add_special_tokens: bool = True, verbose: bool = True
-    ) -> Mapping[str, Any]:
-        """Return a mapping that holds the token ids as ``input_ids``."""
-
-    def apply_chat_template(
-        self,
-        conversation: list[dict[str, str]],
-        *,
-        add_generation_prompt: bool = False,
-        tokenize: bool = True,
-    ) -> Any:
-        """Return the conversation as text, if ``tokenize`` is False."""
 
 
 class RenderedPrompt(str):
@@ -255,12 +232,12 @@ def _render_spans(
 
 def _renderer(tokenizer: Tokenizer) -> Render:
     def render(conversation: Sequence[Message], add_generation_prompt: bool) -> str:
-        text: str = tokenizer.apply_chat_template(
+        text = tokenizer.apply_chat_template(
             [dict(message) for message in conversation],
             add_generation_prompt=add_generation_prompt,
             tokenize=False,
         )
-        return text
+        return cast(str, text)  # with tokenize=False
 
     return render
 

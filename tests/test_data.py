@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import PreTrainedTokenizerBase
 
 from qzo import data
 from qzo.data import encode_records, hold_out, load_records
@@ -12,12 +13,15 @@ from qzo.errors import DataError
 BOS, EOS = 1, 2
 
 
-class Characters:
+class Characters(PreTrainedTokenizerBase):
     """A tokenizer with one token per character, its code point."""
 
     bos_token_id = BOS
     eos_token_id = EOS
-    chat_template = "one line per message"
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # transformers leaves it untyped
+        self.chat_template = "one line per message"
 
     def __call__(
         self, text: str, *, add_special_tokens: bool = True, verbose: bool = True
@@ -25,7 +29,7 @@ class Characters:
         del verbose
         return {"input_ids": [BOS] * add_special_tokens + codes(text)}
 
-    def apply_chat_template(
+    def apply_chat_template(  # type: ignore[override]  # the arguments that are used
         self,
         conversation: list[dict[str, str]],
         *,

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
+from transformers import PreTrainedTokenizerBase
 
 from qzo.tasks import TASKS, Task, encode_task_example, load_task
 
@@ -27,14 +28,14 @@ E2E = {
 }
 
 
-class Words:
+class Words(PreTrainedTokenizerBase):
     """A tokenizer with one token per word, line end or other run without spaces, numbered anew."""
 
     bos_token_id = 0
     eos_token_id = None
-    chat_template = None
 
     def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # transformers leaves it untyped
         self.words = ["<s>"]
 
     def __call__(
@@ -44,15 +45,6 @@ class Words:
         words = text.replace("\n", " \n ").split(" ")
         self.words += [word for word in words if word and word not in self.words]
         return {"input_ids": [0] * add_special_tokens + [self.words.index(w) for w in words if w]}
-
-    def apply_chat_template(
-        self,
-        conversation: list[dict[str, str]],
-        *,
-        add_generation_prompt: bool = False,
-        tokenize: bool = True,
-    ) -> str:
-        raise NotImplementedError
 
     def spelled(self, tokens: tuple[int, ...]) -> str:
         return "_".join(self.words[token] for token in tokens)
