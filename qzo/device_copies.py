@@ -1,12 +1,23 @@
 """Decoder blocks whose codes are copied to the device ahead of use.
 
-Two buffers on the device take turns. Not yet run on a GPU; tested from CPU to CPU.
+Two buffers on the device take turns, each filled from page-locked memory of its own. Three waits
+keep them apart; nobody else waits:
+
+======================  =====================================================
+who                     waits for
+======================  =====================================================
+the CPU, to stage       ``is_filled``: the copy before has read the staging memory
+the stream that copies  ``is_free``: the unit before was computed from this buffer
+the one that computes   ``is_filled``: the codes of this unit are there
+======================  =====================================================
+
+Not yet run on a GPU; tested from CPU to CPU, and with streams that run as late as they may.
 """
 
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +27,47 @@ from qzo.background import in_background
 from qzo.linear import QuantLinear
 
 _ALIGNMENT = 256  # bytes, of a layer's codes in a buffer
+
+
+@runtime_checkable
+class Streams(Protocol):
+    """The two queues of a device; each runs in its order, and neither knows of the other."""
+
+    @property
+    def copying(self) -> Any:
+        """The stream that copies."""
+
+    @property
+    def computing(self) -> Any:
+        """The stream that the model runs on."""
+
+    def event(self) -> Any:
+        """Return a new event; what waits for one that was not recorded does not wait."""
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        """Queue a copy on the stream that copies."""
+
+
+class CudaStreams:
+    """Those of a CUDA device; the model runs on the current one."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.copying = torch.cuda.Stream(device)
+
+    @property
+    def computing(self) -> torch.cuda.Stream:
+        """The current stream."""
+        return torch.cuda.current_stream(self._device)
+
+    def event(self) -> torch.cuda.Event:
+        """Return a new event."""
+        return torch.cuda.Event()
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        """Queue a copy from page-locked memory."""
+        with torch.cuda.stream(self.copying):
+            target.copy_(source, non_blocking=True)
 
 
 @dataclass
@@ -67,10 +119,18 @@ class DeviceCopies:
         units: Modules with quantized layers.
         model: What they belong to; moved to the device without their codes.
         device: Where it computes.
+        streams: Those of the device unless given; without any, copies are done when they return.
     """
 
-    def __init__(self, units: Sequence[nn.Module], model: nn.Module, device: torch.device) -> None:
+    def __init__(
+        self,
+        units: Sequence[nn.Module],
+        model: nn.Module,
+        device: torch.device,
+        streams: Streams | None = None,
+    ) -> None:
         self._device, self._is_cuda = device, device.type == "cuda"
+        self._streams = CudaStreams(device) if streams is None and self._is_cuda else streams
         layers = [[m for m in unit.modules() if isinstance(m, QuantLinear)] for unit in units]
         weights = {layer: layer.quantized for unit in layers for layer in unit}
         for layer in weights:
@@ -88,7 +148,6 @@ class DeviceCopies:
             codes.put(codes.stored.to(self._device))
         largest = max(self.sizes[count:], default=0)
         self._slots = [self._slot(largest) for _ in range(2 if largest else 0)]
-        self._stream = torch.cuda.Stream(self._device) if self._is_cuda else None
 
     def fetch(self, unit: int) -> None:
         """Start to copy a unit into the slot that the unit before it does not use."""
@@ -108,8 +167,8 @@ class DeviceCopies:
         self.fetch(unit)
         self._coming[unit % 2][1].result()
         slot = self._slots[unit % 2]
-        if slot.is_filled is not None:
-            torch.cuda.current_stream(self._device).wait_event(slot.is_filled)
+        if self._streams is not None:
+            self._streams.computing.wait_event(slot.is_filled)
         start = 0
         for codes in self._units[unit]:
             stored = codes.stored
@@ -120,33 +179,39 @@ class DeviceCopies:
     def leave(self, unit: int) -> None:
         """Let the layers forget the copy; its slot is free when the device is done with it."""
         slot = self._slots[unit % 2]
-        if slot.is_free is not None:
-            slot.is_free.record(torch.cuda.current_stream(self._device))
+        if self._streams is not None:
+            slot.is_free.record(self._streams.computing)
         for codes in self._units[unit]:
             codes.put(codes.stored)
 
     def _slot(self, size: int) -> _Slot:
         staging = torch.empty(size, dtype=torch.uint8, pin_memory=self._is_cuda)
         buffer = torch.empty(size, dtype=torch.uint8, device=self._device)
-        if not self._is_cuda:
+        if self._streams is None:
             return _Slot(staging, buffer)
-        return _Slot(staging, buffer, torch.cuda.Event(), torch.cuda.Event())
+        return _Slot(staging, buffer, self._streams.event(), self._streams.event())
 
     def _fill(self, unit: Sequence[_Codes], slot: _Slot) -> None:
-        if slot.is_filled is not None:
-            slot.is_filled.synchronize()  # the copy before has read the staging memory
-        start = 0
-        for codes in unit:
-            flat = codes.stored.contiguous().view(-1).view(torch.uint8)
-            slot.staging[start : start + len(flat)] = flat
-            start += codes.size
-        if self._stream is None:
-            slot.buffer[:start] = slot.staging[:start]
+        streams = self._streams
+        if streams is None:
+            size = _stage(unit, slot.staging)
+            slot.buffer[:size] = slot.staging[:size]
             return
-        with torch.cuda.stream(self._stream):
-            self._stream.wait_event(slot.is_free)
-            slot.buffer[:start].copy_(slot.staging[:start], non_blocking=True)
-            slot.is_filled.record(self._stream)
+        slot.is_filled.synchronize()
+        size = _stage(unit, slot.staging)
+        streams.copying.wait_event(slot.is_free)
+        streams.copy(slot.buffer[:size], slot.staging[:size])
+        slot.is_filled.record(streams.copying)
+
+
+def _stage(unit: Sequence[_Codes], staging: Tensor) -> int:
+    """Write the codes of a unit one behind the other; return where they end."""
+    start = 0
+    for codes in unit:
+        flat = codes.stored.contiguous().view(-1).view(torch.uint8)
+        staging[start : start + len(flat)] = flat
+        start += codes.size
+    return start
 
 
 class _Absent:

@@ -12,7 +12,6 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache
 from itertools import accumulate, chain, pairwise
 from typing import Any
 
@@ -109,7 +108,8 @@ class Objective:
         self._num_micro_batches = num_micro_batches
         self._data_seed = data_seed
         labels = [example.label for example in data.examples]
-        self._labels = tuple(labels) if is_stratified else (0,) * len(labels)
+        self._labels = labels if is_stratified else [0] * len(labels)
+        self._epoch, self._order = -1, list[int]()  # the newest epoch, and its order
         self._ranks = ranks or Ranks()
         if num_micro_batches < self._ranks.size:
             raise ConfigError(
@@ -255,7 +255,9 @@ class Objective:
 
     def _example(self, number: int) -> Any:
         epoch, place = divmod(number, len(self._examples))
-        return self._examples[_order(self._data_seed, epoch, self._labels)[place]]
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, _order(self._data_seed, epoch, self._labels)
+        return self._examples[self._order[place]]
 
 
 def _num_tokens(examples: Sequence[Any]) -> int:
@@ -276,8 +278,8 @@ def _runs(places: Sequence[int], sizes: Sequence[int]) -> list[list[int]]:
     return runs
 
 
-@lru_cache(maxsize=2)
-def _order(data_seed: int, epoch: int, labels: tuple[int, ...]) -> list[int]:
+def _order(data_seed: int, epoch: int, labels: Sequence[int]) -> list[int]:
+    """Return the order of the examples in an epoch."""
     generator = np.random.Generator(np.random.Philox(key=[data_seed, epoch]))
     order: list[int] = generator.permutation(len(labels)).tolist()
     return stratified(order, labels)

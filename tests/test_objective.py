@@ -4,6 +4,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from support.runs import (
     COMPLETIONS,
@@ -280,3 +281,47 @@ def test_stratified_order_keeps_all_examples_and_spreads_the_classes() -> None:
         assert Counter(labels[i] for i in result[start : start + 6]) == {0: 3, 1: 2, 2: 1}
     for label in range(3):
         assert [i for i in result if labels[i] == label] == [i for i in order if labels[i] == label]
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes"),
+    [
+        ([0, 0, 0, 1], [0, 0, 1, 0]),  # at 1/6, 1/2, 5/6; and 1/2, where the smaller class is first
+        ([0, 0, 0, 0, 0, 1, 1], [0, 1, 0, 0, 0, 1, 0]),  # .1 .3 .5 .7 .9; .25 .75
+        ([2, 2, 1, 1, 1, 0], [1, 2, 0, 1, 2, 1]),  # .25 .75; 1/6 .5 5/6; .5
+    ],
+)
+def test_an_example_stands_in_the_middle_of_its_share_of_the_way(
+    labels: list[int], classes: list[int]
+) -> None:
+    order = list(range(len(labels)))
+
+    assert [labels[i] for i in stratified(order, labels)] == classes
+    assert stratified(order[::-1], labels) != stratified(order, labels)
+
+
+@pytest.mark.parametrize("is_stratified", [True, False])
+def test_an_epoch_is_a_permutation_of_its_own_whatever_was_asked_before(
+    base: Path, tmp_path: Path, is_stratified: bool
+) -> None:
+    """The oracle is numpy's own generator, keyed by seed and epoch."""
+    made = objective(
+        base,
+        tmp_path,
+        data_seed=5,
+        per_device_train_batch_size=3,
+        stratified_batches=is_stratified,
+    )
+    labels = [RECORDS[i]["candidates"].index(RECORDS[i]["completion"]) for i in range(8)]
+    want: list[int] = []
+    for epoch in range(4):
+        generator = np.random.Generator(np.random.Philox(key=[5, epoch]))
+        order = generator.permutation(8).tolist()
+        classes = [[i for i in order if labels[i] == label] for label in (0, 1)]
+        pairs = zip(*classes, strict=True)
+        want += [i for pair in pairs for i in pair] if is_stratified else order
+    place = {example: i for i, example in enumerate(made._examples)}
+
+    got = {step: [place[e] for e in made.batch(step)[0]] for step in (9, 0, 2, 5, 1, 9)}
+
+    assert got == {step: want[3 * step : 3 * step + 3] for step in got}
