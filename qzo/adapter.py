@@ -200,14 +200,24 @@ def apply_adapter(model: PreTrainedModel, checkpoint: Checkpoint, adapter: Adapt
     """Let a model compute with the tensors of an adapter; training still starts from its base."""
     check_base(checkpoint, adapter.config)
     layers = quant_linears(model)
-    layers[0].live.fixed_prefixes = {}
-    layers[0].live.renew_hooks("adapter", _hooks(model, layers[0].live, adapter))
+    live = layers[0].live
+    live.fixed_prefixes = {}
+    live.renew_hooks("adapter", _hooks(model, live, adapter))
+    live.replaced = unquantized_tensors(adapter)
+    live.unfoldable = unfoldable(adapter)
     for layer in layers:
         if not FROZEN.isdisjoint(adapter.config):
             layer.tuned = None
             continue
         tuned = tuned_weight(checkpoint, adapter, layer.name).scales
         layer.tuned = tuned.to(layer.quantized.scales.device)
+
+
+def unfoldable(adapter: Adapter) -> str:
+    """Return what an adapter adds that no checkpoint can hold, in words; or nothing."""
+    if "lora" in adapter.config:
+        return "LoRA factors"
+    return "a prefix" if "prefix" in adapter.config else ""
 
 
 def _hooks(model: PreTrainedModel, live: Live, adapter: Adapter) -> list[RemovableHandle]:

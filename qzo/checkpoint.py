@@ -16,6 +16,7 @@ from quantizers.formats import detect
 from qzo.background import in_background
 from qzo.errors import CheckpointError
 from qzo.files import read_json
+from qzo.stored_layer import StoredLayer
 from qzo.tensor_files import TensorFiles
 
 
@@ -45,6 +46,10 @@ class Checkpoint:
         """Return the stored tensors of one layer by role; absent roles are left out."""
         names = self.layer_keys(layer)
         return {role: self.tensors[key] for role, key in names.items()}
+
+    def stored_layer(self, layer: str) -> StoredLayer:
+        """Return the stored tensors of one layer with what reads them."""
+        return StoredLayer(layer, self.format, self.spec, self.layer_tensors(layer))
 
     def layer_keys(self, layer: str) -> dict[str, str]:
         """Return the keys of one layer by role, those that exist."""

@@ -4,19 +4,23 @@ In a stacked forward the tokens of all probes follow one another. The layer read
 applies each probe's scales to that probe's tokens; nothing else in the model knows about probes.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from quantizers.errors import FormatError
 from quantizers.weight import QuantizedWeight
 from qzo.attention import PackedRows
 from qzo.errors import CheckpointError
 from qzo.exact import ScaledProduct, frozen_product, is_differentiated
+from qzo.sections import Section
+from qzo.stored_layer import StoredLayer
 
 TILE_ELEMENTS = 4 * 2**20  # of the dense matrix that exist at one time
 _TILE_STEP = 32  # rows; packed formats hold up to 32 elements in a run of words
@@ -59,6 +63,24 @@ class Multipliers:
 EffectiveScales = ProbeScales | Multipliers
 
 
+@runtime_checkable
+class Master(Protocol):
+    """What is trained at the moment, as it stands between two steps; see ``scales.Scales``."""
+
+    @property
+    def sections(self) -> Sequence[Section]:
+        """What is trained besides scales."""
+        ...
+
+    def tuned(self, layer: int) -> Float[Tensor, "out groups"]:
+        """Return the effective scales of one layer."""
+        ...
+
+    def tuned_section(self, number: int) -> Float[Tensor, "..."]:
+        """Return the values of one section."""
+        ...
+
+
 @dataclass
 class Live:
     """What the layers of one model see at the moment; shared by all of them.
@@ -74,6 +96,9 @@ class Live:
             values follows.
         fixed_prefixes: Keys and values in front of the texts outside of training.
         hooks: Of modules that see ``sections`` or an adapter, by who put them there.
+        master: What a trainer is training; None outside of training.
+        replaced: Unquantized tensors that an adapter puts in the place of the model's, by key.
+        unfoldable: What an adapter adds that no checkpoint can hold, in words; or empty.
     """
 
     effective: Callable[[int], EffectiveScales] | None = None
@@ -86,6 +111,9 @@ class Live:
     trained_prefixes: dict[nn.Module, int] = field(default_factory=dict)
     fixed_prefixes: dict[nn.Module, Sequence[Tensor]] = field(default_factory=dict)
     hooks: dict[str, Sequence[RemovableHandle]] = field(default_factory=dict)
+    master: Master | None = None
+    replaced: Mapping[str, Tensor] = field(default_factory=dict)
+    unfoldable: str = ""
 
     @property
     def has_prefixes(self) -> bool:
@@ -116,12 +144,18 @@ class QuantLinear(nn.Module):
         weight: Codes and the scales of the file.
         bias: Bias in the dtype of the model, or None.
         live: What the layers of this model see; shared.
+        stored: The tensors that it was made from, for ``state_dict``; without them it has none.
     """
 
     bias: Tensor | None
 
     def __init__(
-        self, name: str, weight: QuantizedWeight, bias: Float[Tensor, " out"] | None, live: Live
+        self,
+        name: str,
+        weight: QuantizedWeight,
+        bias: Float[Tensor, " out"] | None,
+        live: Live,
+        stored: StoredLayer | None = None,
     ) -> None:
         super().__init__()
         self.name = name
@@ -129,7 +163,7 @@ class QuantLinear(nn.Module):
         self.quantized = weight
         self.live = live
         self.tuned: Tensor | None = None  # scales to compute with outside of training
-        self.stored: dict[str, Tensor] = {}  # by key, where the codes were adopted from memory
+        self.stored = stored
         self.in_features = weight.in_features
         self.out_features = weight.out_features
         self.register_buffer("bias", bias)
@@ -144,6 +178,55 @@ class QuantLinear(nn.Module):
         self.quantized = self.quantized.to(device)
         self.tuned = None if self.tuned is None else self.tuned.to(device)
         return self
+
+    def standing_scales(self) -> Float[Tensor, "out groups"] | None:
+        """Return the scales as training left them, or None: those of the file."""
+        if self.live.master is None:
+            return self.tuned
+        return self.live.master.tuned(self.index) if self.index >= 0 else None
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        """Add codes and scales in the layout of the file; what training left as it is uncopied."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.stored is not None:
+            tensors = self.stored.with_scales(self.standing_scales())
+            destination |= {prefix + key: tensor for key, tensor in tensors.items()}
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Take over scales; codes have to be those that the layer has."""
+        own = (
+            {}
+            if self.stored is None
+            else {key: prefix + key for key in self.stored.keys().values()}
+        )
+        found = {key: state_dict[name] for key, name in own.items() if name in state_dict}
+        rest = {name: value for name, value in state_dict.items() if name not in own.values()}
+        super()._load_from_state_dict(
+            rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if self.stored is None:
+            return
+        if not found:
+            missing_keys += [prefix + self.stored.key(role) for role in self.stored.tensors]
+            return
+        try:
+            weight = self.stored.read(found)
+        except (CheckpointError, FormatError) as error:
+            error_msgs.append(str(error))
+            return
+        device = self.quantized.scales.device
+        self.tuned = None if weight is None else weight.scales.clone().to(device)
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         """Return the product; each probe's tokens see that probe's scales."""

@@ -24,6 +24,7 @@ from qzo.files import read_json
 from qzo.linear import Live, QuantLinear
 from qzo.mapped import keep_stored
 from qzo.placement import default_dtype
+from qzo.pretrained import as_four_bit, quantized_layers
 from qzo.streaming import Budget, stream
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
@@ -88,6 +89,11 @@ def load_checkpoint(
     model.generation_config = _generation_config(checkpoint.folder, model)
     model.qzo_checkpoint = checkpoint  # type: ignore[assignment]  # not a tensor or module
     model.qzo_budget = budget  # type: ignore[assignment]  # as above
+    model.config.quantization_config = {
+        "quant_method": checkpoint.format.QUANT_METHOD,
+        **checkpoint.quantization,
+    }
+    as_four_bit(model)
     model.eval()
     return model
 
@@ -98,7 +104,7 @@ def quant_linears(model: nn.Module) -> list[QuantLinear]:
     Raises:
         CheckpointError: It has none.
     """
-    layers = [module for module in model.modules() if isinstance(module, QuantLinear)]
+    layers = quantized_layers(model)
     if not layers:
         raise CheckpointError(
             "model: expected quantized layers of qzo, found none; use qzo.load or qzo.wrap"
@@ -262,7 +268,8 @@ def _place_layer(
     bias = checkpoint.tensors[bias_key].to(dtype) if bias_key in checkpoint.tensors.files else None
     if bias is None and linear.bias is not None:
         raise CheckpointError(f"{bias_key}: expected this tensor in the checkpoint, not found")
-    model.set_submodule(module_name, QuantLinear(layer, weight, bias, live))
+    stored = checkpoint.stored_layer(layer)
+    model.set_submodule(module_name, QuantLinear(layer, weight, bias, live, stored))
     return {bias_key, *checkpoint.layer_keys(layer).values()}
 
 

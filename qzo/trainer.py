@@ -135,8 +135,11 @@ class Trainer:
         """
         self._ranks.begin()
         lock = locked(self.folder) if self._ranks.is_first else nullcontext()
-        with lock, stop_signals(lambda: self._ranks.ask(Wish.STOP)):
-            return self._train()
+        try:
+            with lock, stop_signals(lambda: self._ranks.ask(Wish.STOP)):
+                return self._train()
+        finally:
+            self._live.master = None
 
     def _train(self) -> Result:
         config, scales, ranks = self.config, self.scales, self._ranks
@@ -147,6 +150,7 @@ class Trainer:
         exact = self._exact = ExactPart(journal, config.zo, self.model, scales, self.objective)
         self._snapshots = Snapshots(self.folder, scales, self.optimizer, exact.part)
         self._restore(journal)
+        self._live.master = scales  # what a callback saves
         between = self._between = BetweenSteps(
             config,
             journal,

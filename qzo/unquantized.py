@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from qzo.errors import CheckpointError, ConfigError
 from qzo.linear import Live, QuantLinear, token_bounds
 from qzo.model import decoder_blocks, quant_linears
+from qzo.pretrained import stored_key
 from qzo.sections import Section
 
 
@@ -169,14 +170,6 @@ def _head_section(model: PreTrainedModel, factor: float) -> dict[Section, nn.Mod
     name = next(name for name, module in model.named_modules() if module is head)
     key = stored_key(model, f"{name}.weight")
     return {Section(key, "head", (head.out_features,), factor=factor): head}
-
-
-def stored_key(model: PreTrainedModel, name: str) -> str:
-    """Return the key in the files of a tensor of the model; older files leave out the prefix."""
-    checkpoint = getattr(model, "qzo_checkpoint", None)
-    if checkpoint is None or name in checkpoint.tensors.files:
-        return name
-    return name.removeprefix(f"{model.base_model_prefix}.")
 
 
 def seeing_sections(

@@ -23,6 +23,8 @@ from qzo.errors import CheckpointError
 from qzo.files import new_folder, write_json
 from qzo.linear import Live, QuantLinear
 from qzo.model import decoder_blocks, load_tokenizer, quant_linears
+from qzo.pretrained import as_four_bit, quantization_of
+from qzo.stored_layer import StoredLayer
 from qzo.tensor_files import CheckpointWriter
 
 # Names as in GPTQModel 7.3 to 7.6. These modules hold qweight, scales and g_idx as the file has
@@ -44,7 +46,7 @@ def wrap(model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         CheckpointError: There is nothing to adopt, or a module holds repacked codes.
     """
-    config = _quantization_config(model)
+    config = quantization_of(model)
     live = Live()
     found = [(name, module) for name, module in model.named_modules() if _is_quantized(module)]
     if not found:
@@ -58,6 +60,8 @@ def wrap(model: PreTrainedModel) -> PreTrainedModel:
     live.forked = decoder_blocks(model)
     model.requires_grad_(False)
     model.is_quantized = False  # type: ignore[assignment]  # transformers' own kernels are gone
+    model.hf_quantizer = None  # type: ignore[assignment]  # so it has nothing to save
+    as_four_bit(model)
     model.eval()
     return model
 
@@ -118,7 +122,9 @@ def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """Return all tensors of a wrapped model by their names in a checkpoint of its format."""
     yield from _unquantized(model).items()
     for layer in quant_linears(model):
-        yield from layer.stored.items()
+        assert layer.stored is not None
+        tensors = layer.stored.with_scales(None)
+        yield from ((f"{layer.name}.{key}", tensor) for key, tensor in tensors.items())
         if layer.bias is not None:
             yield f"{layer.name}.bias", layer.bias
 
@@ -138,18 +144,10 @@ def _unquantized(model: PreTrainedModel) -> dict[str, Tensor]:
 
 def _config(model: PreTrainedModel) -> dict[str, Any]:
     config: dict[str, Any] = json.loads(model.config.to_json_string(use_diff=False))
-    config["quantization_config"] = _quantization_config(model)
+    config["quantization_config"] = quantization_of(model)
     config["dtype"] = str(model.dtype).removeprefix("torch.")
     config["architectures"] = [type(model).__name__]
     return config
-
-
-def _quantization_config(model: PreTrainedModel) -> dict[str, Any]:
-    config = getattr(model.config, "quantization_config", None)
-    if config is None:
-        raise CheckpointError("model: expected a quantization_config in its config, found none")
-    values: dict[str, Any] = config if isinstance(config, dict) else config.to_dict()
-    return {key: value for key, value in values.items() if key != "backend"}  # of this load only
 
 
 def _is_quantized(module: nn.Module) -> bool:
@@ -166,11 +164,8 @@ def _adopt(name: str, module: nn.Module, config: Mapping[str, Any], live: Live) 
         spec = gptq.spec(config)
         format_module, roles = gptq, _gptq_tensors(name, module, spec)
     weight = format_module.unpack(roles, spec, name)
-    names = format_module.tensor_names(name, spec)
-    bias = module.bias
-    layer = QuantLinear(name, weight, bias.detach() if isinstance(bias, Tensor) else None, live)
-    layer.stored = {names[role]: tensor for role, tensor in roles.items()}
-    return layer
+    bias = module.bias.detach() if isinstance(module.bias, Tensor) else None
+    return QuantLinear(name, weight, bias, live, StoredLayer(name, format_module, spec, roles))
 
 
 def _bitsandbytes_tensors(name: str, module: nn.Module) -> dict[str, Tensor]:

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +170,9 @@ def test_the_base_of_a_run_is_written_once_and_not_taken_for_another_model(tmp_p
     other = wrapped(tmp_path / "float")
     layer = quant_linears(other)[1]
     key = f"{layer.name}.weight.absmax"
-    layer.stored[key] = layer.stored[key] * 2
+    assert layer.stored is not None
+    tensors = layer.stored.tensors
+    layer.stored = replace(layer.stored, tensors={**tensors, "absmax": tensors["absmax"] * 2})
     with pytest.raises(CheckpointError) as error:
         checkpoint_of(other, base)
     assert str(error.value) == (
