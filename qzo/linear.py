@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from quantizers.errors import FormatError
 from quantizers.weight import QuantizedWeight
 from qzo.attention import PackedRows
+from qzo.by_probe import multiplied, multiply
 from qzo.errors import CheckpointError
 from qzo.exact import ScaledProduct, frozen_product, is_differentiated
 from qzo.sections import Section
@@ -239,16 +240,23 @@ class QuantLinear(nn.Module):
         num_probes = 1 if effective is None else effective.num_probes
         bounds = token_bounds(self.name, self.live, len(x), num_probes)
         is_exact = is_differentiated(x, *_trained(effective))
+        if x.is_cuda and not is_exact and num_probes == 1 and isinstance(effective, Multipliers):
+            effective = self._folded(effective)
         if isinstance(effective, Multipliers) and effective.columns is not None:
             columns = effective.columns[:, self.quantized.input_groups]
-            x = (
-                _multiplied(x, columns, bounds)
-                if is_exact
-                else _multiply(x.clone(), columns, bounds)
-            )
+            x = multiplied(x, columns, bounds) if is_exact else multiply(x.clone(), columns, bounds)
         if is_exact:
             return self._exact_product(x, effective, bounds)
         return self._values(x, effective, bounds)
+
+    def _folded(self, multipliers: Multipliers) -> ProbeScales:
+        """Return the scales of one probe, as an export computes them."""
+        scales = self.quantized.scales.float()
+        if multipliers.rows is not None:
+            scales = scales * multipliers.rows.T
+        return ProbeScales(
+            [scales if multipliers.columns is None else scales * multipliers.columns]
+        )
 
     def _exact_product(
         self,
@@ -269,7 +277,7 @@ class QuantLinear(nn.Module):
         y = frozen_product(x, lambda x: self._values(x, None, (0, len(x))), self._dense_tiles)
         if effective is None or effective.rows is None:
             return y
-        return _multiplied(y, effective.rows, bounds)
+        return multiplied(y, effective.rows, bounds)
 
     def _dense_tiles(self, x: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Yield the matrix of the file, some rows at a time, in a buffer near ``x``."""
@@ -291,9 +299,16 @@ class QuantLinear(nn.Module):
             if isinstance(effective, ProbeScales):
                 self._scaled_product(x, rows, bounds, effective.scales, y)
                 continue
-            self._file_product(x, rows, y)
-            if effective is not None and effective.rows is not None:
-                _multiply(y[:, rows], effective.rows[:, rows], bounds)
+            if effective is None or effective.rows is None:
+                self._file_product(x, rows, y[:, rows])
+                continue
+            part = y[:, rows]
+            dtype = torch.promote_types(part.dtype, torch.float32)  # rounded once, at the end
+            wide = part if part.dtype == dtype else part.new_empty(part.shape, dtype=dtype)
+            self._file_product(x, rows, wide)
+            multiply(wide, effective.rows[:, rows], bounds)
+            if wide is not part:
+                part.copy_(wide)
         return y
 
     def _kernel_product(
@@ -309,7 +324,7 @@ class QuantLinear(nn.Module):
             return cuda_product(self.quantized, x, bounds, effective.scales)
         y = cuda_product(self.quantized, x, (0, len(x)), [self.quantized.scales.float()])
         if y is not None and effective is not None and effective.rows is not None:
-            _multiply(y, effective.rows, bounds)
+            multiply(y, effective.rows, bounds)
         return y
 
     def _effective(self) -> EffectiveScales | None:
@@ -319,11 +334,11 @@ class QuantLinear(nn.Module):
         return None if self.tuned is None else ProbeScales([self.tuned.float()])
 
     def _file_product(
-        self, x: Float[Tensor, "tokens in"], rows: slice, y: Float[Tensor, "tokens out"]
+        self, x: Float[Tensor, "tokens in"], rows: slice, y: Float[Tensor, "tokens rows"]
     ) -> None:
-        """Fill the columns ``rows`` of ``y`` with the scales of the file."""
+        """Fill ``y``, in the dtype of ``x`` or wider, with the scales of the file."""
         dense = self.quantized.dequantize(rows, self._buffer("decoded", rows, x))
-        torch.mm(x, dense.T.to(x.dtype), out=y[:, rows])
+        _matmul(x, dense, y)
 
     def _scaled_product(
         self,
@@ -338,7 +353,7 @@ class QuantLinear(nn.Module):
         buffer = None if len(scales) == 1 else self._buffer("scaled", rows, x)
         for of_probe, (start, stop) in zip(scales, pairwise(bounds), strict=True):
             dense = self.quantized.apply_scales(decoded, of_probe, rows, buffer)
-            torch.mm(x[start:stop], dense.T.to(x.dtype), out=y[start:stop, rows])
+            _matmul(x[start:stop], dense, y[start:stop, rows])
 
     def _buffer(self, name: str, rows: slice, x: Tensor) -> Float[Tensor, " n"]:
         return self.live.buffer(name, (rows.stop - rows.start) * self.in_features, x.device)
@@ -347,6 +362,22 @@ class QuantLinear(nn.Module):
         step = max(TILE_ELEMENTS // self.in_features // _TILE_STEP, 1) * _TILE_STEP
         for start in range(0, self.out_features, step):
             yield slice(start, min(start + step, self.out_features))
+
+
+def _matmul(
+    x: Float[Tensor, "tokens in"], dense: Float[Tensor, "rows in"], y: Float[Tensor, "tokens rows"]
+) -> None:
+    """Write ``x dense^T`` to ``y``: weights in the dtype of ``x``, sums in fp32, rounded to ``y``.
+
+    On a CPU, 16-bit numbers are multiplied as fp32: many times faster, and with the sums of a GPU.
+    """
+    weights = dense.T.to(x.dtype)
+    if x.dtype.itemsize > 2 or (x.is_cuda and y.dtype == x.dtype):
+        torch.mm(x, weights, out=y)
+    elif x.is_cuda:
+        torch.mm(x, weights, out_dtype=y.dtype, out=y)
+    else:
+        y.copy_(x.float() @ weights.float())
 
 
 def _trained(effective: EffectiveScales | None) -> Sequence[Tensor]:
@@ -374,24 +405,3 @@ def token_bounds(name: str, live: Live, num_tokens: int, num_probes: int) -> Seq
             "layer that sees only some tokens, as in a mixture of experts, cannot be trained"
         )
     return bounds
-
-
-def _multiply(
-    values: Float[Tensor, "tokens features"],
-    multipliers: Float[Tensor, "probes features"],
-    bounds: Sequence[int],
-) -> Float[Tensor, "tokens features"]:
-    """Multiply the tokens of each probe by its multipliers, in place, and return them."""
-    for factors, (start, stop) in zip(multipliers.to(values.dtype), pairwise(bounds), strict=True):
-        values[start:stop] *= factors
-    return values
-
-
-def _multiplied(
-    values: Float[Tensor, "tokens features"],
-    multipliers: Float[Tensor, "probes features"],
-    bounds: Sequence[int],
-) -> Float[Tensor, "tokens features"]:
-    """Return the same product as a new tensor, to be differentiated."""
-    spans = zip(multipliers.to(values.dtype), pairwise(bounds), strict=True)
-    return torch.cat([values[start:stop] * factors for factors, (start, stop) in spans])

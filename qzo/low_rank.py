@@ -61,9 +61,10 @@ def add_low_rank(
 ) -> None:
     """Add ``(x A^T) B^T`` to ``y``, for the tokens of each probe with its factors.
 
+    The factors and both products are in fp32 whatever the dtype of the activations, as in PEFT.
     Probes of as many tokens each take two products in all.
     """
-    a, b = a.to(x.dtype), b.to(x.dtype)
+    x = x.float()
     lengths = {stop - start for start, stop in pairwise(bounds)}
     if len(lengths) == 1:
         shape = (len(a), lengths.pop())

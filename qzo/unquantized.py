@@ -1,7 +1,8 @@
 """Training what is not quantized: norms, biases of quantized layers, the head.
 
 Modules stay as they are. A hook changes what they return, for the tokens of each probe as its
-values say: with ``b`` the bias of a norm or a head, ``y <- (y - b) m + b``.
+values say: with ``b`` the bias of a norm or a head, ``y <- (y - b) m + b``, computed in fp32 and
+rounded once.
 """
 
 import copy
@@ -189,13 +190,13 @@ def _multiply(
 ) -> Float[Tensor, "*batch size"]:
     if live.sections is None:
         return y
-    factors = live.sections(number).to(y.dtype)
+    factors = live.sections(number)
     bias = getattr(module, "bias", None)
     for of_probe, part in zip(factors, _by_probe(name, live, y, len(factors)), strict=True):
         if bias is None:
             part.mul_(of_probe)
         else:
-            part.sub_(bias).mul_(of_probe).add_(bias)
+            part.copy_(part.float().sub_(bias).mul_(of_probe).add_(bias))
     return y
 
 
@@ -204,7 +205,7 @@ def _add(
 ) -> Float[Tensor, "*batch size"]:
     if live.sections is None:
         return y
-    offsets = live.sections(number).to(y.dtype)
+    offsets = live.sections(number)
     for of_probe, part in zip(offsets, _by_probe(name, live, y, len(offsets)), strict=True):
         part.add_(of_probe)
     return y

@@ -13,7 +13,7 @@ from support import gptq_files
 from support.gptq_files import GPTQVariant, write_gptq
 from support.models import logits_of, relative_error, tiny_model
 from support.nf4_files import load_bnb, read_absmax, state_of, write_bnb, write_nf4
-from support.training import scales_of, short_run, tuned_logits
+from support.training import examples, scales_of, short_run, tuned_logits
 from torch import Tensor
 
 import qzo
@@ -24,6 +24,8 @@ from qzo.compact_journal import write_compact
 from qzo.errors import CheckpointError, ConfigError
 from qzo.inspect_checkpoint import inspect
 from qzo.journal import Journal
+from qzo.model import quant_linears
+from qzo.probes import Probe
 from qzo.trainer import Trainer
 
 SINGLE = "model.safetensors"
@@ -541,3 +543,32 @@ def test_the_naive_reader_reads_an_export(runs: Callable[[str], Run]) -> None:
     variant = GPTQVariant(sym=False)
     want = gptq_files.read_layer(tensors, variant)
     assert torch.equal(gptq_files.read_layer(checkpoint.layer_tensors(layer), variant), want)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "learning_rate"), [(torch.bfloat16, 1e-3), (torch.float16, 1.2e-4)], ids=str
+)
+def test_what_a_half_precision_run_trains_is_what_is_exported(
+    tmp_path: Path, dtype: torch.dtype, learning_rate: float
+) -> None:
+    """Multipliers move by less than half a step of the dtype, which would round them to 1."""
+    base, out = tmp_path / "base", tmp_path / "out"
+    write_nf4(base, tiny_model(intermediate=128))  # its scales are fp32: an export rounds nothing
+    tokens = torch.randint(3, 64, (64, 60), generator=torch.Generator().manual_seed(0))
+    model = qzo.load(base, dtype)
+    zo = {"optimizer": "sign", "coordinates": "row"}
+    values = {"model": "given", "data": "given", "output_dir": str(tmp_path / "run"), "zo": zo}
+    settings = {"max_steps": 3, "per_device_train_batch_size": 2, "learning_rate": learning_rate}
+    trainer = Trainer(model, qzo.recipe(values | settings), examples())
+    trainer.train()
+    assert 0 < float((trainer.scales.values - 1).abs().max()) < torch.finfo(dtype).eps / 2
+    qzo.export(tmp_path / "run", out)
+
+    exported, before = (logits_of(qzo.load(folder), tokens) for folder in (out, base))
+    change = exported - before
+    with trainer.scales.shifted(quant_linears(model)[0].live, (Probe(seed=0, offset=0.0),)):
+        trained = logits_of(model, tokens).float()
+    untrained = logits_of(qzo.load(base, dtype), tokens).float()
+    # how far training moved 30,720 logits along the change; their roundings average out
+    moved = ((trained - untrained) * change).sum() / change.square().sum()
+    assert float(moved) == pytest.approx(1, abs=0.15)
