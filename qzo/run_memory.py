@@ -120,4 +120,4 @@ def _first_order_blocks(recipe: Recipe, checkpoint: Checkpoint) -> int:
 
 
 def _model_config(checkpoint: Checkpoint) -> Any:
-    return AutoConfig.from_pretrained(checkpoint.folder)
+    return AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)

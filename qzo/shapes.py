@@ -57,7 +57,9 @@ def build_skeleton(config: dict[str, Any], dtype: torch.dtype) -> PreTrainedMode
     try:
         model_config = AutoConfig.for_model(config.get("model_type", ""), **settings)
         with torch.device("meta"):
-            model: PreTrainedModel = factory.from_config(model_config, dtype=dtype)
+            model: PreTrainedModel = factory.from_config(
+                model_config, dtype=dtype, trust_remote_code=False
+            )
     except Exception as error:  # values of anybody, in the code of any architecture
         raise ConfigError(
             "config.json: expected a causal language model that transformers knows, got "

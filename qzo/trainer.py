@@ -100,8 +100,10 @@ class Trainer:
         self.optimizer = make_optimizer(config.zo.optimizer, config.zo.optimizer_settings)
         self._stretches: dict[str, list[float]] | None = None
         self._exact: ExactPart | None = None  # known once the journal was looked for
-        self.train_set = train_set = self._example_set(train_dataset)
-        self.eval_set = None if eval_dataset is None else self._example_set(eval_dataset)
+        self.train_set = train_set = self._example_set(train_dataset, "train_dataset")
+        self.eval_set = (
+            None if eval_dataset is None else self._example_set(eval_dataset, "eval_dataset")
+        )
         self._reward = reward
         self._generator = self._make_generator(self.eval_set)
         if self.eval_set is not None:
@@ -144,7 +146,7 @@ class Trainer:
     def _train(self) -> Result:
         config, scales, ranks = self.config, self.scales, self._ranks
         base = self.folder / BASE_NAME
-        self.checkpoint = ranks.in_turn(lambda: checkpoint_of(self.model, base))
+        self.checkpoint = ranks.in_turn(lambda: checkpoint_of(self.model, base, self.tokenizer))
         _ = self.checkpoint.digests  # for the header; they need not be there before the first step
         journal = open_journal(config, self._header, ranks)
         exact = self._exact = ExactPart(journal, config.zo, self.model, scales, self.objective)
@@ -271,8 +273,12 @@ class Trainer:
             stop=config.generation_stop,
         )
 
-    def _example_set(self, data: ExampleSet | Sequence[Any]) -> ExampleSet:
+    def _example_set(self, data: ExampleSet | Sequence[Any], key: str) -> ExampleSet:
         """Take examples as they are, and encode records.
+
+        Args:
+            data: Of either kind.
+            key: What the caller named it.
 
         Raises:
             DataError: There are none.
@@ -281,7 +287,7 @@ class Trainer:
             return data
         rows = list(data)
         if not rows:
-            raise DataError("train_dataset: expected at least one example, got none")
+            raise DataError(f"{key}: expected at least one example, got none")
         if isinstance(rows[0], EncodedExample):
             return from_encoded(rows)
         if self.tokenizer is None:

@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -44,9 +45,11 @@ def wrap(model: PreTrainedModel) -> PreTrainedModel:
         The same model in eval mode; ``qzo.Trainer`` takes it.
 
     Raises:
-        CheckpointError: There is nothing to adopt, or a module holds repacked codes.
+        CheckpointError: There is nothing to adopt, a module holds repacked codes, or the model is
+            spread over several devices.
     """
     config = quantization_of(model)
+    _check_one_device(model)
     live = Live()
     found = [(name, module) for name, module in model.named_modules() if _is_quantized(module)]
     if not found:
@@ -66,15 +69,33 @@ def wrap(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def checkpoint_of(model: PreTrainedModel, folder: Path) -> Checkpoint:
+def _check_one_device(model: PreTrainedModel) -> None:
+    """Refuse a model that is spread over several devices, or offloaded.
+
+    Raises:
+        CheckpointError: It is.
+    """
+    tensors = chain(model.parameters(), model.buffers())
+    devices = sorted({str(tensor.device) for tensor in tensors})
+    if len(devices) > 1:
+        raise CheckpointError(
+            f"model: expected all of it on one device, found tensors on {' and '.join(devices)}; "
+            'pass one device to from_pretrained, such as device_map={"": 0}'
+        )
+
+
+def checkpoint_of(model: PreTrainedModel, folder: Path, tokenizer: Any = None) -> Checkpoint:
     """Return the checkpoint of a model; a wrapped model is written to ``folder`` first.
 
-    A checkpoint that is in ``folder`` already has to be that of the model.
+    Args:
+        model: From ``qzo.load`` or ``wrap``.
+        folder: A checkpoint that is there already has to be that of the model.
+        tokenizer: Written beside a wrapped model; the one that belongs to it unless given.
     """
     checkpoint: Checkpoint | None = getattr(model, "qzo_checkpoint", None)
     if checkpoint is None:
         if not folder.exists():
-            save_base(model, folder)
+            save_base(model, folder, tokenizer)
         checkpoint = open_checkpoint(folder)
         _check_base(model, checkpoint)
         model.qzo_checkpoint = checkpoint  # type: ignore[assignment]  # no tensor or module
@@ -82,14 +103,23 @@ def checkpoint_of(model: PreTrainedModel, folder: Path) -> Checkpoint:
 
 
 def tokenizer_of(model: PreTrainedModel) -> Any:
-    """Load the tokenizer that belongs to a model."""
+    """Load the tokenizer that belongs to a model.
+
+    Raises:
+        CheckpointError: There is none, or nothing says where it is.
+    """
     checkpoint: Checkpoint | None = getattr(model, "qzo_checkpoint", None)
-    return load_tokenizer(
-        checkpoint.folder if checkpoint else Path(model.config.name_or_path or ".")
-    )
+    if checkpoint is not None:
+        return load_tokenizer(checkpoint.folder)
+    if not model.config.name_or_path:
+        raise CheckpointError(
+            "tokenizer: expected one for a model without a name_or_path, got none; pass "
+            "tokenizer= to qzo.Trainer"
+        )
+    return load_tokenizer(Path(model.config.name_or_path))
 
 
-def save_base(model: PreTrainedModel, folder: Path) -> None:
+def save_base(model: PreTrainedModel, folder: Path, tokenizer: Any = None) -> None:
     """Write a wrapped model as a pre-quantized checkpoint of its format."""
     with new_folder(folder) as partial:
         writer = CheckpointWriter(partial)
@@ -100,7 +130,8 @@ def save_base(model: PreTrainedModel, folder: Path) -> None:
         if model.generation_config is not None:
             model.generation_config.save_pretrained(partial)
         with suppress(CheckpointError):  # without a tokenizer the export has none either
-            tokenizer_of(model).save_pretrained(partial)
+            tokenizer = tokenizer_of(model) if tokenizer is None else tokenizer
+            tokenizer.save_pretrained(partial)
 
 
 def _check_base(model: PreTrainedModel, checkpoint: Checkpoint) -> None:

@@ -31,7 +31,7 @@ import qzo
 from qzo import snapshots as snapshots_module
 from qzo import trainer as trainer_module
 from qzo.between_steps import BetweenSteps
-from qzo.errors import CheckpointError, ConfigError, QZOError
+from qzo.errors import CheckpointError, ConfigError, DataError, QZOError
 from qzo.evaluate import evaluate
 from qzo.files import write_json
 from qzo.metrics import evaluations
@@ -1029,3 +1029,11 @@ def test_data_and_eval_data_may_lie_in_the_home_folder(
     sets = data_sets(tiny_recipe(base, tmp_path / "run", **keys), load_tokenizer(base))
 
     assert [len(data.examples) for data in sets if data is not None] == [8, 3]
+
+
+@pytest.mark.parametrize("key", ["train_dataset", "eval_dataset"])
+def test_an_empty_set_is_called_by_its_name(base: Path, tmp_path: Path, key: str) -> None:
+    values = {"model": str(base), "output_dir": str(tmp_path / "run")}
+    sets: dict[str, Any] = {"train_dataset": RECORDS, "eval_dataset": RECORDS, key: []}
+    with pytest.raises(DataError, match=rf"^{key}: expected at least one example, got none$"):
+        Trainer(qzo.load(base), recipe(values), **sets)

@@ -8,6 +8,7 @@ import torch
 from support.gptq_files import GPTQVariant, read_layer, write_gptq
 from support.models import block_linears, logits_of, relative_error, tiny_model
 from support.nf4_files import bnb_config, load_bnb, write_bnb
+from support.runs import write_tokenizer
 from support.training import short_run, tuned_logits
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -16,7 +17,7 @@ import qzo
 from qzo.checkpoint import open_checkpoint
 from qzo.errors import CheckpointError
 from qzo.model import quant_linears
-from qzo.wrap import checkpoint_of, save_base
+from qzo.wrap import checkpoint_of, save_base, tokenizer_of
 
 # Weights are bitwise the same and all is computed in float32: only the order of sums differs.
 TOLERANCE = 1e-5
@@ -350,3 +351,38 @@ def test_the_saved_config_names_format_and_dtype(tmp_path: Path) -> None:
     assert config["dtype"] == "float32"
     assert config["quantization_config"]["quant_method"] == "bitsandbytes"
     assert config["quantization_config"]["bnb_4bit_quant_type"] == "nf4"
+
+
+def test_a_model_on_two_devices_is_refused(tmp_path: Path) -> None:
+    model = load_bnb(float_model(tmp_path), bnb_config())
+    model.get_output_embeddings().to("meta")  # where accelerate leaves what it offloads
+    assert refusal(model) == (
+        "model: expected all of it on one device, found tensors on cpu and meta; pass one device "
+        'to from_pretrained, such as device_map={"": 0}'
+    )
+
+
+def test_a_model_without_a_name_takes_no_tokenizer_from_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_tokenizer(tmp_path)
+    model = wrapped(tmp_path / "float")
+    model.config.name_or_path = ""
+    with pytest.raises(CheckpointError) as error:
+        tokenizer_of(model)
+    assert str(error.value) == (
+        "tokenizer: expected one for a model without a name_or_path, got none; pass tokenizer= to "
+        "qzo.Trainer"
+    )
+    checkpoint_of(model, tmp_path / "base")
+    assert not list((tmp_path / "base").glob("tokenizer*"))
+
+
+def test_the_tokenizer_of_the_caller_is_written_beside_the_base(tmp_path: Path) -> None:
+    model = wrapped(tmp_path / "float")
+    model.config.name_or_path = ""
+    given = write_tokenizer(tmp_path / "own")
+    checkpoint_of(model, tmp_path / "base", given)
+    written = tokenizer_of(model)
+    assert written.get_vocab() == given.get_vocab()

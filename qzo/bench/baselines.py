@@ -34,10 +34,12 @@ def dense_model(
     """
     from accelerate import init_empty_weights
 
-    config = AutoConfig.from_pretrained(checkpoint.folder)
+    config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
     del config.quantization_config
     with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=False
+        )
     names = set(model.state_dict())
     prefix = f"{model.base_model_prefix}."
     state = {

@@ -179,7 +179,8 @@ def forwards_per_step(config: Recipe, task: TaskEntry) -> float:
 
 
 def _num_blocks(model: str) -> int:
-    return int(AutoConfig.from_pretrained(model).get_text_config().num_hidden_layers)
+    config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+    return int(config.get_text_config().num_hidden_layers)
 
 
 def _examples_of_step(config: Recipe) -> int:

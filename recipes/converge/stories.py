@@ -28,7 +28,7 @@ def main(model: Path, source: Path, folder: Path) -> None:
 
 def write_padded(source: Path, folder: Path) -> None:
     """Write a Llama with wider feed-forward layers and the same outputs."""
-    model = AutoModelForCausalLM.from_pretrained(source)
+    model = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False)
     width = model.config.intermediate_size
     num_zeros = -width % MULTIPLE
     for block in model.model.layers:
@@ -37,7 +37,7 @@ def write_padded(source: Path, folder: Path) -> None:
             weight.data = nn.functional.pad(weight.data, (*sides, num_zeros))
     model.config.intermediate_size = width + num_zeros
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source, trust_remote_code=False).save_pretrained(folder)
 
 
 def write_windows(source: Path, folder: Path) -> None:
