@@ -12,7 +12,7 @@ class BatchShape:
 
     Attributes:
         rows: Sequences of the batch.
-        tokens: Of the longest sequence, generated ones included.
+        tokens: Of the longest sequence, without those that are generated.
         scored: Predictions of a sequence that are scored.
         generated: Tokens that are generated behind a prompt; 0 for none.
     """
@@ -33,7 +33,7 @@ def evaluation_shape(data: ExampleSet, batch_size: int, max_new_tokens: int) -> 
     """
     generated = max_new_tokens if data.is_generation else 0
     rows = most_rows(data) * min(batch_size, max(len(data.examples), 1))
-    tokens = longest_row([data], default=1) + generated
+    tokens = longest_row([data], default=1)
     return BatchShape(rows, tokens, min(most_scored([data]), tokens), generated)
 
 

@@ -153,6 +153,13 @@ def plan(
     num_probes: Annotated[
         int, typer.Option(help="Evaluations of an example: 8 in preset default, 2 in paper.")
     ] = 8,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=0, help="Tokens of a generated answer, for a reward (default: 0).")
+    ] = 0,
+    generation_batch_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Answers generated together (default: what --memory holds)."),
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda; it need not be there.")] = "cpu",
     dtype: Dtype = None,
     first_order_blocks: Annotated[
@@ -186,6 +193,8 @@ def plan(
             first_order_blocks=first_order_blocks,
             modules=modules or None,
             optimizer=optimizer,
+            max_new_tokens=max_new_tokens,
+            generation_batch_size=generation_batch_size,
         )
         if as_json:
             print_json(result.to_dict())
@@ -257,6 +266,7 @@ def evaluate(
     """Evaluate a checkpoint on a task or on your own data."""
     _check_evaluated(task, data, prompt)
     from qzo.adapter import open_adapter
+    from qzo.answer_memory import tokens_at_once
     from qzo.batch_shape import evaluation_shape
     from qzo.checkpoint import open_checkpoint
     from qzo.evaluate import evaluate as run
@@ -285,7 +295,9 @@ def evaluate(
         live = quant_linears(model)[0].live
         generator = None
         if examples.is_generation:
-            generator = Generator(model, tokenizer, live, max_length=max_length)
+            generator = Generator(
+                model, tokenizer, live, max_length=max_length, max_tokens=tokens_at_once(model)
+            )
         with progress_bar("evaluating") as progress:
             result = run(
                 model,
@@ -371,7 +383,7 @@ def generate(
         tuned = None if adapter is None else open_adapter(Path(adapter))
         tokenizer = load_tokenizer(opened.folder)
         room = int(opened.config.get("max_position_embeddings", 2048))
-        tokens = len(encode_prompt(tokenizer, prompt, max_length=room)) + max_new_tokens
+        tokens = len(encode_prompt(tokenizer, prompt, max_length=room))
         model = load_for_inference(
             opened,
             place,

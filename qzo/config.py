@@ -188,6 +188,8 @@ class Recipe(BaseModel):
     objective: Literal["loss", "accuracy", "f1", "exact_match", "reward"] = "loss"
     reward: str | None = None  # path/to/file.py:function, which is run
     max_new_tokens: Int = Field(default=50, ge=1)  # of a written answer
+    # Answers that are generated together, over all probes; as many as memory holds unless set.
+    generation_batch_size: Int | None = Field(default=None, ge=1)
     generation_stop: str | None = Field(default="auto", min_length=1)  # see qzo/generation.py
 
     zo: ZOConfig = ZOConfig()

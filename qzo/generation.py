@@ -1,12 +1,13 @@
 """Greedy generation: many prompts at many probes in one batch.
 
-The rows of all probes run together, padded on the left, with transformers' own loop and its cache
-of keys and values. A layer reads its codes once and applies each probe's scales to its rows.
+The rows of all probes run together, as many as fit, padded on the left, with transformers' own loop
+and its cache of keys and values. A layer reads its codes once and applies each probe's scales to
+its rows. An answer does not depend on what is generated with it, but for the rounding of sums.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import accumulate, chain, islice
+from itertools import accumulate, chain, islice, pairwise
 from typing import Any
 
 import torch
@@ -33,6 +34,8 @@ class Generator:
         stop: Where a completion ends; not part of it. None: at the end-of-text token alone.
             ``auto``: for prompts from a chat template also at what the template puts behind an
             answer, for others at a line end.
+        batch_size: Prompts that are answered together; None for all, or those of ``max_tokens``.
+        max_tokens: Tokens of prompts and answers, padding included, that are there together.
 
     Raises:
         ConfigError: The model has no room for a prompt and that many tokens.
@@ -47,6 +50,8 @@ class Generator:
         max_length: int | None = None,
         max_new_tokens: int = MAX_NEW_TOKENS,
         stop: str | None = AUTO_STOP,
+        batch_size: int | None = None,
+        max_tokens: int | None = None,
     ) -> None:
         positions = int(getattr(model.config, "max_position_embeddings", 2048))
         if max_new_tokens >= positions:
@@ -59,6 +64,7 @@ class Generator:
         self._prompt_tokens = room if max_length is None else min(room, max_length)
         self._max_new_tokens = max_new_tokens
         self._stop = stop
+        self._batch_size, self._max_tokens = batch_size, max_tokens
         self._criteria: dict[str, StopStringCriteria] = {}
 
     def write(self, prompts: Sequence[Sequence[str]]) -> list[list[str]]:
@@ -68,13 +74,58 @@ class Generator:
             prompts: Those of each probe; all probes need not have equally many. All are from a chat
                 template, or none.
         """
-        rows = [self._encoded(prompt) for prompt in chain.from_iterable(prompts)]
-        counts = [len(of_probe) for of_probe in prompts]
-        if not rows:
-            return [[] for _ in counts]
-        with _rows_of_probes(self._model, self._live, counts):
-            texts = iter(self._texts(rows, self._stop_of(next(chain.from_iterable(prompts)))))
-        return [list(islice(texts, count)) for count in counts]
+        rows = self._all_encoded(chain.from_iterable(prompts))
+        owners = [probe for probe, of_probe in enumerate(prompts) for _ in of_probe]
+        texts = [""] * len(rows)
+        for batch in self._batches(rows, owners):
+            counts = [sum(owners[i] == probe for i in batch) for probe in range(len(prompts))]
+            stop = self._stop_of(next(chain.from_iterable(prompts)))
+            with _rows_of_probes(self._model, self._live, counts):
+                answers = self._texts([rows[i] for i in batch], stop)
+            for i, answer in zip(batch, answers, strict=True):
+                texts[i] = answer
+        left = iter(texts)
+        return [list(islice(left, len(of_probe))) for of_probe in prompts]
+
+    def runs(self, prompts: Sequence[Sequence[str]]) -> list[slice]:
+        """Split probes into runs whose prompts are answered together, or of one probe.
+
+        Args:
+            prompts: Those of each probe.
+        """
+        lengths = [len(row) for row in self._all_encoded(chain.from_iterable(prompts))]
+        ends = (0, *accumulate(map(len, prompts)))
+        starts: list[int] = []
+        for probe in range(len(prompts)):
+            first = ends[starts[-1]] if starts else 0
+            if not starts or not self._fits(lengths[first : ends[probe + 1]]):
+                starts.append(probe)
+        return [slice(start, stop) for start, stop in pairwise((*starts, len(prompts)))]
+
+    def _batches(self, rows: Sequence[list[int]], owners: Sequence[int]) -> list[list[int]]:
+        """Split rows into batches that fit, those of a probe in the order of their lengths."""
+        if self._fits([len(row) for row in rows]):
+            return [list(range(len(rows)))] if rows else []
+        batches: list[list[int]] = []
+        for i in sorted(range(len(rows)), key=lambda i: (owners[i], len(rows[i]))):
+            if not batches or not self._fits([len(rows[k]) for k in (*batches[-1], i)]):
+                batches.append([])
+            batches[-1].append(i)
+        return batches
+
+    def _fits(self, lengths: Sequence[int]) -> bool:
+        """Tell whether prompts of these lengths are answered together."""
+        if self._batch_size is not None and len(lengths) > self._batch_size:
+            return False
+        tokens = len(lengths) * (max(lengths, default=0) + self._max_new_tokens)
+        return self._max_tokens is None or tokens <= self._max_tokens
+
+    def _all_encoded(self, prompts: Iterable[str]) -> list[list[int]]:
+        """Return the tokens of prompts, of which many are the same object."""
+        prompts = list(prompts)
+        known = {id(prompt): prompt for prompt in prompts}
+        tokens = {key: self._encoded(prompt) for key, prompt in known.items()}
+        return [tokens[id(prompt)] for prompt in prompts]
 
     def _stop_of(self, prompt: str) -> str | None:
         if self._stop != AUTO_STOP:

@@ -6,7 +6,7 @@ from transformers import PreTrainedModel
 
 from qzo.adapter import Adapter, apply_adapter
 from qzo.batch_shape import BatchShape
-from qzo.budget import memory_budget
+from qzo.budget import Planned, memory_budget, planned_of
 from qzo.checkpoint import Checkpoint
 from qzo.model import Progress, load_checkpoint
 from qzo.placement import DTYPES, Placement
@@ -53,11 +53,13 @@ def load_for_inference(
 
 
 def _planned_bytes(
-    checkpoint: Checkpoint, placement: Placement, shape: BatchShape, adapter: Adapter | None
-) -> tuple[int, int]:
-    """Return what can stream, and all the other memory."""
+    checkpoint: Checkpoint,
+    placement: Placement,
+    shape: BatchShape,
+    adapter: Adapter | None,
+    limit: int,
+) -> Planned:
     names = {dtype: name for name, dtype in DTYPES.items()}
-    device = placement.device.type
     planned = plan(
         checkpoint.folder,
         batch_size=shape.rows,
@@ -65,9 +67,10 @@ def _planned_bytes(
         answer_len=shape.scored,
         num_probes=1,
         dtype=names[placement.dtype] if placement.dtype else None,
-        device=device,
+        device=placement.device.type,
+        max_new_tokens=shape.generated,
+        memory_bytes=limit,
     )
-    parts = [part for part in planned.parts if part.name not in _OF_TRAINING]
-    streaming = sum(part.bytes for part in parts if part.streams)
+    needed = planned_of(planned, _OF_TRAINING)
     tuned = 0 if adapter is None else adapter.tensors.num_bytes
-    return streaming, sum(part.bytes for part in parts) - streaming + tuned
+    return needed._replace(other=needed.other + tuned)

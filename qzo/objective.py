@@ -246,10 +246,13 @@ class Objective:
     def _written_losses(
         self, judge: Judge, probes: Sequence[Probe], items: Sequence[Sequence[Question]]
     ) -> list[float]:
-        """Return minus the reward of every answer, those of all probes written together."""
+        """Return minus the reward of every answer, those of as many probes together as fit."""
         assert self._generator is not None
-        with self._scales.shifted(self._live, probes):
-            texts = self._generator.write([[q.prompt for q in questions] for questions in items])
+        prompts = [[question.prompt for question in questions] for questions in items]
+        texts: list[list[str]] = []
+        for run in self._generator.runs(prompts):
+            with self._scales.shifted(self._live, probes[run]):
+                texts += self._generator.write(prompts[run])
         pairs = zip(chain.from_iterable(items), chain.from_iterable(texts), strict=True)
         return [-judge(question, text) for question, text in pairs]
 

@@ -69,6 +69,7 @@ def all_parts(
     workload: Workload,
     row_bytes: int,
     *,
+    token_values: int,
     trained: Trained,
     stored_dtype: str,
     differentiated: Differentiated | None = None,
@@ -80,11 +81,12 @@ def all_parts(
         quantization: How its codes and scales are stored.
         workload: What the step does.
         row_bytes: Activations of one row of the stacked batch.
+        token_values: Keys and values that all layers keep of a token.
         trained: What is trained.
         stored_dtype: Of what is not quantized, in the files.
         differentiated: What gets exact gradients, if anything does.
     """
-    forward = workload.num_rows * row_bytes
+    forward = workload.forward_rows * row_bytes
     of_scales = num_trained(trained.linears, quantization, workload.coordinates)
     return (
         *_file_parts(shapes, quantization, workload.device),
@@ -94,6 +96,7 @@ def all_parts(
         *_float_parts(shapes, workload, stored_dtype),
         _tile(shapes, quantization, workload, stored_dtype),
         _activations(workload, row_bytes),
+        _keys_and_values(workload, token_values),
         _logits(workload, shapes.vocab_size, row_bytes),
         _backward(differentiated, quantization, workload, shapes.vocab_size, forward=forward),
         _directions(shapes, trained, quantization, workload),
@@ -247,19 +250,33 @@ def _activations(workload: Workload, row_bytes: int) -> Part:
         f"{_rows(workload)} x {row_bytes:,} bytes a row of {workload.seq_len:,} tokens "
         f"({workload.dtype}, traced on meta tensors)"
     )
-    return Part("activations", workload.num_rows * row_bytes, formula)
+    return Part("activations", workload.forward_rows * row_bytes, formula)
+
+
+def _keys_and_values(workload: Workload, token_values: int) -> Part:
+    """Count the cache of a generation."""
+    if not workload.max_new_tokens:
+        return Part("keys and values", 0, "nothing is generated")
+    tokens = workload.seq_len + workload.max_new_tokens
+    size = DTYPES[workload.dtype].itemsize
+    num_bytes = workload.forward_rows * tokens * token_values * size
+    formula = (
+        f"{workload.forward_rows} rows generated together x {tokens:,} tokens x {token_values:,} "
+        f"values x {size} bytes"
+    )
+    return Part("keys and values", num_bytes, formula)
 
 
 def _logits(workload: Workload, vocab_size: int, row_bytes: int) -> Part:
     """Count what logits need beyond the activations, which are gone by then."""
-    size, positions = DTYPES[workload.dtype].itemsize, workload.num_rows * workload.answer_len
+    size, positions = DTYPES[workload.dtype].itemsize, workload.forward_rows * workload.answer_len
     num_bytes = positions * vocab_size * size + vocab_size * 8
     formula = (
         f"{_rows(workload)} x {workload.answer_len} answer positions x {vocab_size:,} tokens x "
         f"{size} bytes, + 8 bytes at one position (log-sum-exp in fp32) = {num_bytes:,}; what "
         "exceeds the activations, which are gone by then"
     )
-    return Part("logits", max(num_bytes - workload.num_rows * row_bytes, 0), formula)
+    return Part("logits", max(num_bytes - workload.forward_rows * row_bytes, 0), formula)
 
 
 def _backward(
@@ -297,7 +314,7 @@ def _directions(
     Where rows and columns are multiplied, every example has a direction of its own.
     """
     is_by_factors = workload.coordinates in BY_FACTORS
-    probes = workload.num_rows if is_by_factors else workload.num_probes
+    probes = workload.forward_rows if is_by_factors else workload.num_probes
     counts = [num_trained((x,), quantization, workload.coordinates) for x in trained.linears]
     window = probes * min(sum(counts), max([WINDOW, *counts]))
     most = max(num_scales(layer, quantization) for layer in shapes.linears)
@@ -310,6 +327,8 @@ def _directions(
 
 
 def _rows(workload: Workload) -> str:
+    if workload.forward_rows < workload.num_rows:
+        return f"{workload.forward_rows} rows"
     return f"{workload.num_probes} probes x {workload.batch_size} examples"
 
 
@@ -322,7 +341,7 @@ def _framework(quantization: Quantization, workload: Workload, row_bytes: int) -
         "Triton": TRITON_BYTES if find_spec("triton") is not None else 0,
         "bitsandbytes": 0 if quantization.format == "gptq" else BITSANDBYTES_BYTES,
         "freed blocks that the allocator keeps": int(
-            min(KEPT_SHARE * workload.num_rows * row_bytes, KEPT_BYTES_MAX)
+            min(KEPT_SHARE * workload.forward_rows * row_bytes, KEPT_BYTES_MAX)
         ),
     }
     words = " + ".join(f"{size >> 20} MiB {name}" for name, size in sizes.items() if size)

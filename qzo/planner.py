@@ -13,6 +13,7 @@ from typing import Any, get_args
 
 from transformers import PreTrainedModel
 
+from qzo.answer_memory import tokens_within
 from qzo.checkpoint import dtype_name, quantization_config
 from qzo.coordinates import BY_FACTORS, Coordinates, crossing_message
 from qzo.decoder_blocks import find_blocks
@@ -68,6 +69,7 @@ class Plan:
             gradient_accumulation_steps M``, ``no``, or None if not asked.
         per_device_train_batch_size: N; the whole batch if it fits, None if nothing does.
         gradient_accumulation_steps: M; ``N * M`` is the batch that was asked for.
+        generation_batch_size: Sequences that are generated together; None: nothing is generated.
         notes: Assumptions, one sentence each.
     """
 
@@ -86,6 +88,7 @@ class Plan:
     verdict: str | None
     per_device_train_batch_size: int | None
     gradient_accumulation_steps: int | None
+    generation_batch_size: int | None
     notes: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -112,6 +115,8 @@ def plan(
     modules: Sequence[str] | None = None,
     num_blocks: int | None = None,
     depth: tuple[float, float] | None = None,
+    max_new_tokens: int = 0,
+    generation_batch_size: int | None = None,
     assumed: Quantization | None = None,
 ) -> Plan:
     """Plan the memory of a training step from a config.json; weights are not read.
@@ -135,12 +140,17 @@ def plan(
         modules: See ``Workload``.
         num_blocks: See ``Workload``.
         depth: See ``Workload``.
+        max_new_tokens: See ``Workload``; the probes of a generation are not stacked as those of a
+            loss, but as many as are generated together.
+        generation_batch_size: See ``Workload``; if None, as many as ``memory_bytes`` holds.
         assumed: Quantization of a model that has none yet; GPTQ with 4 bits if None.
 
     An argument or an architecture that cannot be used is a ConfigError.
     """
     if evaluations is not None:
-        num_probes = stacked_probes(evaluations, batch_size, seq_len)
+        num_probes = evaluations
+        if not max_new_tokens:
+            num_probes = stacked_probes(evaluations, batch_size, seq_len)
     config_path = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
     config = read_json(config_path)
     scored = min(Workload.answer_len, seq_len) if answer_len is None else answer_len
@@ -159,6 +169,8 @@ def plan(
         modules=None if modules is None else tuple(modules),
         num_blocks=num_blocks,
         depth=depth,
+        max_new_tokens=max_new_tokens,
+        generation_batch_size=generation_batch_size,
     )
     _check_workload(workload)
     quantization = _quantization(config_path.parent, config, assumed)
@@ -185,6 +197,15 @@ def _quantization(
 
 
 def _check_workload(workload: Workload) -> None:
+    if workload.max_new_tokens < 0:
+        raise ConfigError(
+            f"max_new_tokens: expected a number of at least 0, got {workload.max_new_tokens}"
+        )
+    if workload.generation_batch_size is not None and workload.generation_batch_size < 1:
+        raise ConfigError(
+            "generation_batch_size: expected a number above 0, got "
+            f"{workload.generation_batch_size}"
+        )
     for key in ("batch_size", "seq_len", "answer_len", "num_probes"):
         if getattr(workload, key) < 1:
             raise ConfigError(f"{key}: expected a number above 0, got {getattr(workload, key)}")
@@ -225,20 +246,31 @@ def _plan(
     trained = _trained(model, shapes, workload)
     differentiated = _differentiated(model, trained, workload)
 
-    @cache
-    def parts(batch_size: int) -> tuple[Part, ...]:
-        num_probes = workload.num_probes
-        if evaluations is not None:
-            num_probes = stacked_probes(evaluations, batch_size, workload.seq_len)
+    token_values = values_of_token(model.config) if workload.max_new_tokens else 0
+
+    def parts_of(work: Workload) -> tuple[Part, ...]:
         return all_parts(
             shapes,
             quantization,
-            replace(workload, batch_size=batch_size, num_probes=num_probes),
+            work,
             row_bytes,
+            token_values=token_values,
             trained=trained,
             stored_dtype=_stored_dtype(config),
             differentiated=differentiated,
         )
+
+    @cache
+    def work_of(batch_size: int) -> Workload:
+        num_probes = workload.num_probes
+        if evaluations is not None and not workload.max_new_tokens:
+            num_probes = stacked_probes(evaluations, batch_size, workload.seq_len)
+        work = replace(workload, batch_size=batch_size, num_probes=num_probes)
+        return _generating(work, model.config, memory, parts_of)
+
+    @cache
+    def parts(batch_size: int) -> tuple[Part, ...]:
+        return parts_of(work_of(batch_size))
 
     def peak(batch_size: int) -> int:
         return sum(part.bytes for part in parts(batch_size))
@@ -263,8 +295,33 @@ def _plan(
         verdict=None if memory is None else _verdict(workload.batch_size, fitting),
         per_device_train_batch_size=fitting,
         gradient_accumulation_steps=fitting and workload.batch_size // fitting,
-        notes=_notes(quantization, workload, model.config._attn_implementation),
+        generation_batch_size=work_of(workload.batch_size).generation_batch_size,
+        notes=_notes(quantization, work_of(workload.batch_size), model.config._attn_implementation),
     )
+
+
+def _generating(
+    work: Workload,
+    config: Any,
+    memory: int | None,
+    parts_of: Callable[[Workload], Sequence[Part]],
+) -> Workload:
+    """Decide how many sequences are generated together, as a run does.
+
+    Beside a model that fits it is what the rest of the memory holds. Beside one that streams it is
+    half of what is left: the other half is for its blocks.
+    """
+    if not work.max_new_tokens:
+        return replace(work, generation_batch_size=None)
+    rows = work.generation_batch_size or work.num_rows
+    if memory is not None and work.generation_batch_size is None:
+        one = parts_of(replace(work, generation_batch_size=1))
+        space: float = memory - sum(part.bytes for part in one)
+        if space <= 0:
+            space = (space + sum(part.bytes for part in one if part.streams)) / 2
+        tokens = tokens_within(space, config, DTYPES[work.dtype].itemsize)
+        rows = tokens // (work.seq_len + work.max_new_tokens)
+    return replace(work, generation_batch_size=min(max(rows, 1), work.num_rows))
 
 
 def _trained(model: PreTrainedModel, shapes: ModelShapes, workload: Workload) -> Trained:
@@ -367,7 +424,12 @@ def _notes(quantization: Quantization, workload: Workload, attention: str) -> tu
         notes.append("Attention is eager in this model: its T x T scores are in the activations.")
     else:
         notes.append(f"Attention is {attention}: no T x T scores; batches need no attention mask.")
-    if workload.num_rows < EVAL_BATCH_SIZE:
+    if workload.generation_batch_size is not None:
+        notes.append(
+            f"Of {workload.num_rows} sequences {workload.generation_batch_size} are generated "
+            "together: generation_batch_size, or what the memory holds."
+        )
+    elif workload.num_rows < EVAL_BATCH_SIZE:
         notes.append(
             "An evaluation has per_device_eval_batch_size examples a forward, "
             f"{EVAL_BATCH_SIZE} unless "

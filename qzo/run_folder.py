@@ -85,11 +85,11 @@ _FREE = {
     *("output_dir", "resume_from_checkpoint", "report_to", "max_steps", "device", "model", "data"),
     *("logging_steps", "save_steps", "save_total_limit", "per_device_eval_batch_size"),
     *("eval_steps", "eval_data", "num_eval_examples", "load_best_model_at_end"),
-    *("memory_limit", "journal_sync_steps"),
+    *("memory_limit", "journal_sync_steps", "generation_batch_size"),
 }
 # Keys in which the processes of one run may differ.
 _OWN = {"output_dir", "resume_from_checkpoint", "device", "model", "data", "eval_data", "report_to"}
-_OWN |= {"memory_limit"}
+_OWN |= {"memory_limit", "generation_batch_size"}
 # What else has to be the same, and what may be wrong if it is not.
 _COMPARED = {
     "codes_sha256": "model: codes_sha256 of the base differs from",

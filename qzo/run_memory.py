@@ -8,17 +8,15 @@ import torch
 from transformers import AutoConfig
 
 from qzo.batch_shape import longest_row, most_rows, most_scored
-from qzo.budget import memory_budget
+from qzo.budget import Planned, memory_budget, planned_of
 from qzo.checkpoint import Checkpoint
 from qzo.config import Recipe
 from qzo.estimators import evaluations_per_example, make_estimator
 from qzo.examples import ExampleSet
 from qzo.memory import parse_memory
-from qzo.placement import DTYPES, default_dtype
 from qzo.planner import plan
 from qzo.probes import STACKED_TOKENS
 from qzo.rewards import WRITTEN
-from qzo.shapes import values_of_token
 from qzo.streaming import Budget
 
 
@@ -31,34 +29,37 @@ def run_budget(
         None if limit is None else parse_memory(limit, "memory_limit"),
         checkpoint,
         device,
-        lambda: planned_bytes(recipe, checkpoint, sets, device),
+        partial(planned_bytes, recipe, checkpoint, sets, device),
         lower="per_device_train_batch_size, per_device_eval_batch_size or max_length",
     )
 
 
 def planned_bytes(
-    recipe: Recipe, checkpoint: Checkpoint, sets: Sequence[ExampleSet], device: torch.device
-) -> tuple[int, int]:
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    sets: Sequence[ExampleSet],
+    device: torch.device,
+    limit: int | None = None,
+) -> Planned:
     """Return what can stream, and all the other memory of a run with these examples.
 
-    Exact gradients are taken one micro-batch at a time when the probes are gone: what needs more
-    counts.
+    Losses, exact gradients and generated answers take turns: what needs most counts.
 
     Args:
         recipe: What to do.
         checkpoint: Its base; only its configuration is read.
         sets: Training examples and, if there are any, those to evaluate on.
         device: Where the model is.
+        limit: The memory there is; it decides how many answers are generated together.
     """
     longest, written = longest_row(sets, default=recipe.max_length), _written_tokens(recipe, sets)
-    dtype = recipe.dtype or default_dtype(checkpoint.config, device.type)
     plan_of = partial(
         plan,
         checkpoint.folder,
-        seq_len=longest + written,
+        seq_len=longest,
         answer_len=most_scored(sets),
         coordinates=recipe.zo.coordinates,
-        dtype=dtype,
+        dtype=recipe.dtype,
         device=device.type,
         optimizer=recipe.zo.optimizer,
         lora_rank=recipe.zo.lora_rank if recipe.zo.tuned == "lora" else 0,
@@ -69,17 +70,34 @@ def planned_bytes(
     )
     probes = _evaluations(recipe)
     rows = _stacked_rows(recipe, sets, probes, longest)
-    planned = plan_of(batch_size=-(-rows // probes), num_probes=probes)
+    plans = [plan_of(batch_size=-(-rows // probes), num_probes=probes)]
     if recipe.zo.has_first_order:
-        backward = plan_of(
-            batch_size=_rows_of_batch(recipe, sets[0]),
-            num_probes=1,
-            first_order_blocks=_first_order_blocks(recipe, checkpoint),
+        plans.append(
+            plan_of(
+                batch_size=_rows_of_batch(recipe, sets[0]),
+                num_probes=1,
+                first_order_blocks=_first_order_blocks(recipe, checkpoint),
+            )
         )
-        planned = max(planned, backward, key=lambda one: one.peak_bytes)
-    streaming = sum(part.bytes for part in planned.parts if part.streams)
-    kept = rows * (longest + written) * values_of_token(_model_config(checkpoint)) if written else 0
-    return streaming, planned.peak_bytes - streaming + kept * DTYPES[dtype].itemsize
+    if written:
+        rows = _generated_rows(recipe, probes)
+        plans.append(
+            plan_of(
+                batch_size=-(-rows // probes),
+                num_probes=probes,
+                max_new_tokens=written,
+                generation_batch_size=recipe.generation_batch_size,
+                memory_bytes=limit,
+            )
+        )
+    needed = planned_of(max(plans, key=lambda one: one.peak_bytes))
+    return needed._replace(generated_tokens=planned_of(plans[-1]).generated_tokens)
+
+
+def _generated_rows(recipe: Recipe, probes: int) -> int:
+    """Return the most answers that could be generated together, in training or evaluation."""
+    of_step = probes * recipe.per_device_train_batch_size if recipe.objective in WRITTEN else 0
+    return max(of_step, recipe.per_device_eval_batch_size)
 
 
 def _evaluations(recipe: Recipe) -> int:
@@ -93,9 +111,9 @@ def _evaluations(recipe: Recipe) -> int:
 def _stacked_rows(recipe: Recipe, sets: Sequence[ExampleSet], probes: int, longest: int) -> int:
     """Return the most rows of a forward, in training or evaluation."""
     of_probe = _rows_of_batch(recipe, sets[0])
-    rows = probes * of_probe
+    rows = 0
     if recipe.objective not in WRITTEN:
-        rows = min(rows, max(STACKED_TOKENS // longest, of_probe))
+        rows = min(probes * of_probe, max(STACKED_TOKENS // longest, of_probe))
     rows *= 1 + (recipe.zo.estimator == "forward_gradient")  # a tangent beside every activation
     evaluated = sets[1:] or sets  # without a set of its own, the reference loss is of training's
     of_evaluation = [most_rows(data) * recipe.per_device_eval_batch_size for data in evaluated]

@@ -36,12 +36,15 @@ class Budget:
         other_bytes: What everything but the file's pages needs.
         is_given: A limit that the user gave is kept or refused; otherwise it is a wish.
         lower: What to lower where it is too small: keys or flags.
+        generated_tokens: Of prompts and answers that are generated together, their keys and values
+            being among the other bytes; 0 where nothing is generated.
     """
 
     limit_bytes: int
     other_bytes: int
     is_given: bool = True
     lower: str = "per_device_train_batch_size, per_device_eval_batch_size or max_length"
+    generated_tokens: int = 0
 
 
 @runtime_checkable

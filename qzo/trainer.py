@@ -23,6 +23,7 @@ from qzo.adapter import (
     open_adapter,
     save_adapter,
 )
+from qzo.answer_memory import tokens_at_once
 from qzo.between_steps import BetweenSteps
 from qzo.callbacks import Events
 from qzo.config import Recipe
@@ -271,6 +272,8 @@ class Trainer:
             max_length=config.max_length,
             max_new_tokens=config.max_new_tokens,
             stop=config.generation_stop,
+            batch_size=config.generation_batch_size,
+            max_tokens=tokens_at_once(self.model) if config.generation_batch_size is None else None,
         )
 
     def _example_set(self, data: ExampleSet | Sequence[Any], key: str) -> ExampleSet:

@@ -26,6 +26,8 @@ class Workload:
         prefix_tokens: Of a prefix that is trained instead of the scales; 0 for none.
         modules: Only layers whose names hold one of these texts are trained; None for all.
         num_blocks: Only the last so many blocks are trained; None for all.
+        max_new_tokens: Generated behind each sequence; 0: losses are computed instead.
+        generation_batch_size: Sequences that are generated together; None for all.
         depth: Or those from the first to before the second part of the depth, 0 to 1.
         dtype: Type of activations and of the weights that are not quantized.
         device: Where this runs: ``cpu`` or ``cuda``.
@@ -45,11 +47,18 @@ class Workload:
     modules: tuple[str, ...] | None = None
     num_blocks: int | None = None
     depth: tuple[float, float] | None = None
+    max_new_tokens: int = 0
+    generation_batch_size: int | None = None
 
     @property
     def num_rows(self) -> int:
         """Rows of the stacked batch."""
         return self.num_probes * self.batch_size
+
+    @property
+    def forward_rows(self) -> int:
+        """Rows of a forward: all, or those that are generated together."""
+        return min(self.num_rows, self.generation_batch_size or self.num_rows)
 
 
 @dataclass(frozen=True)

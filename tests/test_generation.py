@@ -188,3 +188,70 @@ def test_a_generator_needs_room_for_a_prompt(model: Any, tokenizer: Any) -> None
     message = r"^max_new_tokens: expected less than the model's 64 positions, got 64$"
     with pytest.raises(ConfigError, match=message):
         Generator(model, tokenizer, max_new_tokens=64)
+
+
+@pytest.mark.parametrize("split", [{"batch_size": 1}, {"batch_size": 2}, {"max_tokens": 40}])
+@pytest.mark.parametrize("coordinates", ["row", "absolute"])
+def test_answers_do_not_depend_on_what_is_generated_together(
+    model: Any,
+    tokenizer: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    coordinates: Coordinates,
+    split: Any,
+) -> None:
+    scales, live = scales_of(model, coordinates)
+    offset = 0.01 if coordinates == "absolute" else 0.2
+    probes = [Probe(probe.seed, offset if probe.offset > 0 else -offset) for probe in PROBES]
+    prompts = [PROMPTS, PROMPTS[1:3], PROMPTS[:1]]
+    with scales.shifted(live, probes):
+        want = Generator(model, tokenizer, live, max_new_tokens=12).write(prompts)
+    sizes: list[tuple[int, int]] = []
+    generate_rows = model.generate
+
+    def noted(rows: torch.Tensor, **named: Any) -> Any:
+        sizes.append((rows.shape[0], rows.shape[1]))
+        return generate_rows(rows, **named)
+
+    monkeypatch.setattr(model, "generate", noted)
+    generator = Generator(model, tokenizer, live, max_new_tokens=12, **split)
+
+    with scales.shifted(live, probes):
+        got = generator.write(prompts)
+
+    assert got == want
+    assert sum(count for count, _ in sizes) == sum(map(len, prompts))
+    assert len(sizes) > 1
+    for count, width in sizes:
+        assert count <= split.get("batch_size", count)
+        assert count == 1 or count * (width + 12) <= split.get("max_tokens", 10**9)
+
+
+def test_probes_whose_prompts_fit_run_together(model: Any, tokenizer: Any) -> None:
+    prompts = [["ab"] * 2, ["ab"] * 2, ["ab"] * 5, ["ab"], []]
+
+    def runs(**split: Any) -> list[tuple[int, int]]:
+        found = Generator(model, tokenizer, max_new_tokens=5, **split).runs(prompts)
+        return [(run.start, run.stop) for run in found]
+
+    assert runs() == [(0, 5)]
+    assert runs(batch_size=4) == [(0, 2), (2, 3), (3, 5)]
+    assert runs(batch_size=6) == [(0, 2), (2, 5)]
+    assert runs(batch_size=1) == [(0, 1), (1, 2), (2, 3), (3, 5)]
+    assert runs(max_tokens=3 * (3 + 5)) == [(0, 1), (1, 2), (2, 3), (3, 5)]  # "<s>ab"
+
+
+def test_prompts_of_like_lengths_are_answered_together(
+    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    widths: list[int] = []
+
+    def generated(rows: torch.Tensor, **_: Any) -> torch.Tensor:
+        widths.append(rows.shape[1])
+        return rows
+
+    monkeypatch.setattr(model, "generate", generated)
+    prompts = ["a" * 20, "a", "a" * 19, "aa"]
+
+    Generator(model, tokenizer, max_new_tokens=5, batch_size=2).write([prompts])
+
+    assert widths == [3, 21]

@@ -461,6 +461,7 @@ def test_every_part_is_listed_and_explained(tmp_path: Path) -> None:
         "norms, biases, other",
         "dequantized tile",
         "activations",
+        "keys and values",
         "logits",
         "backward",
         "directions",

@@ -8,6 +8,7 @@ import pytest
 import torch
 from support.runs import RECORDS, tiny_checkpoint, tiny_recipe
 
+from qzo.budget import Planned
 from qzo.checkpoint import open_checkpoint
 from qzo.examples import ExampleSet, from_records
 from qzo.model import load_tokenizer
@@ -29,7 +30,7 @@ def read(base: Path, records: list[dict[str, Any]]) -> ExampleSet:
     return from_records(records, load_tokenizer(base), max_length=60)
 
 
-def planned(base: Path, sets: list[ExampleSet], **keys: Any) -> tuple[int, int]:
+def planned(base: Path, sets: list[ExampleSet], **keys: Any) -> Planned:
     recipe = tiny_recipe(base, base.parent / "run", **{"per_device_eval_batch_size": 1, **keys})
     return planned_bytes(recipe, open_checkpoint(base), sets, torch.device("cpu"))
 
@@ -37,7 +38,7 @@ def planned(base: Path, sets: list[ExampleSet], **keys: Any) -> tuple[int, int]:
 def test_as_many_evaluations_take_as_much_memory(base: Path) -> None:
     """Four losses of every example: whatever asks for them."""
 
-    def of(**zo: Any) -> tuple[int, int]:
+    def of(**zo: Any) -> Planned:
         return planned(base, [read(base, RECORDS)], per_device_train_batch_size=4, zo=zo)
 
     want = of(estimator="spsa", num_directions=2)
@@ -91,7 +92,11 @@ def test_all_tokens_of_a_text_reach_the_head(base: Path, is_trained: bool) -> No
     found = planned(base, [text] if is_trained else [question, text], zo=HYBRID, **keys)
 
     plan_of = partial(plan, base, batch_size=3, num_probes=1, seq_len=length, first_order_blocks=1)
-    assert sum(found) == plan_of(answer_len=length).peak_bytes > plan_of(answer_len=1).peak_bytes
+    assert (
+        found.streaming + found.other
+        == plan_of(answer_len=length).peak_bytes
+        > plan_of(answer_len=1).peak_bytes
+    )
 
 
 @pytest.mark.parametrize(("num_directions", "is_backward"), [(1, True), (64, False)])
@@ -108,4 +113,5 @@ def test_the_larger_of_probes_and_backward_counts(
 
     zo = {**HYBRID, "num_directions": num_directions}
 
-    assert sum(planned(base, [data], zo=zo)) == max(forward, backward)
+    found = planned(base, [data], zo=zo)
+    assert found.streaming + found.other == max(forward, backward)
