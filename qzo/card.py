@@ -7,20 +7,25 @@ from typing import Any
 
 import yaml
 
+from qzo.base import BASE_NAME, read_run_recipe
+from qzo.files import read_json
+from qzo.hub import Origin, origin_of
 from qzo.metrics import evaluations
+from qzo.run_folder import BASE_ORIGIN_NAME, shared_recipe
 
 
 def model_card(run: Path, adapter: Mapping[str, Any]) -> str:
-    """Return a README.md: base, method, recipe, evaluation.
+    """Return a README.md: base, method, recipe, evaluation; it names no path of the computer.
 
     Args:
         run: The run folder; its recipe and metrics are read where they exist.
         adapter: ``adapter_config.json``.
     """
-    base = Path(str(adapter["base_model_name_or_path"])).name
+    origin, is_on_hub = _base(run, adapter)
+    base = origin.name if is_on_hub else Path(origin.shared_name).name
     lines = [
         "---",
-        f"base_model: {base}",
+        *([f"base_model: {base}"] if is_on_hub else []),  # the hub makes it a link
         "library_name: transformers",
         "tags: [qzo, zeroth-order, quantized]",
         "---",
@@ -29,10 +34,24 @@ def model_card(run: Path, adapter: Mapping[str, Any]) -> str:
         "",
         _summary(base, adapter),
         "",
+        *([f"Base: `{base}` at commit `{origin.commit}`.", ""] if origin.commit else []),
         *_evaluation_lines(run / "metrics.jsonl"),
-        *_recipe_lines(run / "recipe.yaml"),
+        *_recipe_lines(read_run_recipe(run)),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _base(run: Path, adapter: Mapping[str, Any]) -> tuple[Origin, bool]:
+    """Return the base as a reader of the card knows it, and whether it is on the hub."""
+    name, commit = str(adapter["base_model_name_or_path"]), adapter.get("revision")
+    if commit is not None:
+        return Origin(name, commit), True
+    if name == BASE_NAME:  # it was quantized for the run, from this model
+        origin = run / BASE_ORIGIN_NAME
+        is_on_hub = origin.is_file() and not read_json(origin).get("sizes")
+        return Origin(str(read_run_recipe(run).get("model", name))), is_on_hub
+    origin_of_path = origin_of(name, Path(name))  # earlier versions wrote whole paths
+    return origin_of_path, origin_of_path.commit is not None
 
 
 def _summary(base: str, adapter: Mapping[str, Any]) -> str:
@@ -89,9 +108,9 @@ def _evaluation_lines(path: Path) -> list[str]:
     return [*table, ""]
 
 
-def _recipe_lines(path: Path) -> list[str]:
-    if not path.is_file():
+def _recipe_lines(recipe: Mapping[str, Any]) -> list[str]:
+    if not recipe:
         return []
-    values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    public = {k: v for k, v in values.items() if k not in {"output_dir", "model"}}
+    hidden = {"output_dir", "model", "revision"}
+    public = {k: v for k, v in shared_recipe(recipe).items() if k not in hidden}
     return ["## Recipe", "", "```yaml", yaml.safe_dump(public, sort_keys=False).rstrip(), "```"]

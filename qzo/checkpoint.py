@@ -1,7 +1,7 @@
 """A 4-bit checkpoint on disk: its config, its format, its quantized layers."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +16,7 @@ from quantizers.formats import detect
 from qzo.background import in_background
 from qzo.errors import CheckpointError
 from qzo.files import read_json
+from qzo.hub import SIDE_FILES, Origin, checked_folder, fetch, is_hub_id, origin_of
 from qzo.stored_layer import StoredLayer
 from qzo.tensor_files import TensorFiles
 
@@ -32,6 +33,7 @@ class Checkpoint:
         spec: What that module made of the quantization config.
         tensors: Its tensors.
         layers: Names of the quantized layers as the files spell them, in natural order.
+        origin: How its user names it.
     """
 
     folder: Path
@@ -41,6 +43,7 @@ class Checkpoint:
     spec: Any
     tensors: TensorFiles
     layers: tuple[str, ...]
+    origin: Origin
 
     def layer_tensors(self, layer: str) -> dict[str, Tensor]:
         """Return the stored tensors of one layer by role; absent roles are left out."""
@@ -101,13 +104,17 @@ class Checkpoint:
         return codes.hexdigest(), scales.hexdigest()
 
 
-def open_checkpoint(source: str | Path) -> Checkpoint:
+def open_checkpoint(source: str | Path, revision: str | None = None) -> Checkpoint:
     """Open a 4-bit checkpoint: a folder, or the id of one on the Hugging Face hub.
+
+    Args:
+        source: The folder or the id.
+        revision: A branch, tag or commit of the repository.
 
     Raises:
         CheckpointError: A file is missing or damaged.
     """
-    folder = local_folder(source)
+    folder = local_folder(source, revision)
     config = read_json(folder / "config.json")
     tensors = TensorFiles(folder)
     quantization = quantization_config(folder, config)
@@ -120,7 +127,8 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
             f"{folder}: expected quantized layers as {format_module.QUANT_METHOD} names them, "
             "found none"
         )
-    return Checkpoint(folder, config, quantization, format_module, spec, tensors, layers)
+    origin = origin_of(source, folder)
+    return Checkpoint(folder, config, quantization, format_module, spec, tensors, layers, origin)
 
 
 def quantization_config(folder: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -137,31 +145,40 @@ def dtype_name(config: Mapping[str, Any]) -> str:
     return str(config.get("dtype") or config.get("torch_dtype") or "float16")
 
 
-def local_folder(source: str | Path) -> Path:
+def local_folder(source: str | Path, revision: str | None = None) -> Path:
     """Return the folder of a checkpoint, downloading it if it is a hub id.
 
+    Args:
+        source: The folder or the id.
+        revision: A branch, tag or commit of the repository.
+    """
+    return _folder_or_fetched(source, revision, ["*.json", "*.safetensors", *SIDE_FILES])
+
+
+def config_path(source: str | Path, revision: str | None = None) -> Path:
+    """Return where the configuration of a checkpoint is; its weights are not downloaded.
+
+    Args:
+        source: A folder, a ``config.json``, or an id on the hub.
+        revision: A branch, tag or commit of the repository.
+    """
+    if Path(source).exists() or str(source).endswith(".json"):
+        return checked_folder(Path(source), revision)
+    return _folder_or_fetched(source, revision, ["*config.json"])
+
+
+def _folder_or_fetched(source: str | Path, revision: str | None, patterns: Sequence[str]) -> Path:
+    """Return a folder, or that of a repository on the hub.
+
     Raises:
-        CheckpointError: There is no such folder and no such repository can be reached.
+        CheckpointError: There is neither.
     """
     folder = Path(source)
     if folder.is_dir():
-        return folder
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) or folder.exists():
+        return checked_folder(folder, revision)
+    if "/" not in str(source) or not is_hub_id(str(source)):
         raise CheckpointError(f"{source}: expected a folder or a hub id, found neither")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(
-            snapshot_download(
-                str(source),
-                allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"],
-            )
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(
-            f"{source}: expected a folder, or a repository on the hub: {reason}"
-        ) from error
+    return fetch(str(source), revision, patterns, "expected a folder, or a repository on the hub")
 
 
 def natural_order(name: str) -> list[tuple[int, int, str]]:

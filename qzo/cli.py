@@ -36,6 +36,10 @@ app = typer.Typer(
 
 app.add_typer(bench)
 
+Revision = Annotated[
+    str | None, typer.Option(help="Branch, tag or commit of a repository on the hub.")
+]
+
 _stderr = stderr_console()
 _TASKS = "sst2, rte, boolq, copa, squad, trec or e2e."
 _TYPER_INTERRUPTED = 130  # what typer makes of a KeyboardInterrupt, without a word
@@ -93,6 +97,7 @@ def quantize(
     seq_len: Annotated[int, typer.Option(help="Tokens of a sample.")] = 256,
     damp_percent: Annotated[float, typer.Option(help="GPTQ: added to the Hessian.")] = 0.01,
     device: Annotated[str, typer.Option(help="Where blocks are computed: cpu or cuda.")] = "cpu",
+    revision: Revision = None,
     as_json: AsJSON = False,
 ) -> None:
     """Write a standard 4-bit checkpoint of a float model."""
@@ -114,25 +119,30 @@ def quantize(
         device=str(device_of(device)),
     )
     with stdout_for(as_json) as print_json, progress_bar("quantizing") as progress:
-        summary = run(model, out, settings, calibration=calibration, progress=progress)
+        summary = run(
+            model, out, settings, calibration=calibration, progress=progress, revision=revision
+        )
         show(summary, as_json, print_json)
 
 
 @app.command()
 def inspect(
     checkpoint: Annotated[str, typer.Argument(help="A folder or a hub id.")],
+    revision: Revision = None,
     as_json: AsJSON = False,
 ) -> None:
     """Show format, bits, groups and sizes of a checkpoint; refuse what cannot be read."""
     from qzo.inspect_checkpoint import inspect as run
 
     with stdout_for(as_json) as print_json:
-        show(asdict(run(checkpoint)), as_json, print_json)
+        show(asdict(run(checkpoint, revision)), as_json, print_json)
 
 
 @app.command()
 def plan(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder or a config.json.")],
+    checkpoint: Annotated[
+        str, typer.Argument(help="A checkpoint folder, a config.json or a hub id.")
+    ],
     batch_size: Annotated[int, typer.Option(help="Examples of a step.")] = 16,
     seq_len: Annotated[int, typer.Option(help="Tokens of an example.")] = 512,
     answer_len: Annotated[
@@ -169,9 +179,11 @@ def plan(
         list[str] | None, typer.Option(help="A name in zo.modules; may be repeated.")
     ] = None,
     optimizer: Annotated[str, typer.Option(help="As zo.optimizer.")] = "sgd",
+    revision: Revision = None,
     as_json: AsJSON = False,
 ) -> None:
     """Tell what a training step needs, part by part; needs no weights and no device."""
+    from qzo.checkpoint import config_path
     from qzo.footprint import assumed_quantization
     from qzo.memory import parse_memory
     from qzo.planner import plan as run
@@ -180,7 +192,7 @@ def plan(
     is_assumed = format is not None or bits is not None or group_size is not None
     with stdout_for(as_json) as print_json:
         result = run(
-            checkpoint,
+            config_path(checkpoint, revision),
             assumed=assumed_quantization(*chosen) if is_assumed else None,
             batch_size=batch_size,
             seq_len=seq_len,
@@ -261,6 +273,7 @@ def evaluate(
     device: Device = None,
     dtype: Dtype = None,
     memory_limit: MemoryLimit = None,
+    revision: Revision = None,
     as_json: AsJSON = False,
 ) -> None:
     """Evaluate a checkpoint on a task or on your own data."""
@@ -278,7 +291,7 @@ def evaluate(
 
     with stdout_for(as_json) as print_json:
         place = placement(device, dtype, memory_limit)
-        opened = open_checkpoint(checkpoint)
+        opened = open_checkpoint(checkpoint, revision)
         tuned = None if adapter is None else open_adapter(Path(adapter))
         tokenizer = load_tokenizer(opened.folder)
         examples = read_set(
@@ -316,13 +329,15 @@ def replay(
     to_step: Annotated[int | None, typer.Option(min=0, help="Stop before this step.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write the adapter here.")] = None,
     base: Annotated[str | None, typer.Option(help="The base, if it was moved.")] = None,
+    revision: Revision = None,
     as_json: AsJSON = False,
 ) -> None:
     """Rebuild the tuned scales from the journal, without the model."""
     from qzo.replay import replay as rebuild
 
     with stdout_for(as_json) as print_json:
-        show(asdict(rebuild(run, to_step=to_step, out=out, base=base)), as_json, print_json)
+        found = rebuild(run, to_step=to_step, out=out, base=base, revision=revision)
+        show(asdict(found), as_json, print_json)
 
 
 @app.command()
@@ -347,13 +362,14 @@ def export(
     run: Annotated[str, typer.Argument(help="A run folder, or a journal.")],
     out: Annotated[Path, typer.Option(help="New folder for the checkpoint.")],
     base: Annotated[str | None, typer.Option(help="The base, if it was moved.")] = None,
+    revision: Revision = None,
     as_json: AsJSON = False,
 ) -> None:
     """Write the full checkpoint with the tuned scales, all else byte for byte."""
     from qzo.export import export as write
 
     with stdout_for(as_json) as print_json:
-        show(asdict(write(run, out, base=base)), as_json, print_json)
+        show(asdict(write(run, out, base=base, revision=revision)), as_json, print_json)
 
 
 @app.command()
@@ -365,6 +381,7 @@ def generate(
     device: Device = None,
     dtype: Dtype = None,
     memory_limit: MemoryLimit = None,
+    revision: Revision = None,
     as_json: AsJSON = False,
 ) -> None:
     """Continue a prompt, greedily."""
@@ -379,7 +396,7 @@ def generate(
 
     with stdout_for(as_json) as print_json:
         place = placement(device, dtype, memory_limit)
-        opened = open_checkpoint(checkpoint)
+        opened = open_checkpoint(checkpoint, revision)
         tuned = None if adapter is None else open_adapter(Path(adapter))
         tokenizer = load_tokenizer(opened.folder)
         room = int(opened.config.get("max_position_embeddings", 2048))

@@ -149,6 +149,7 @@ class Recipe(BaseModel):
     )
 
     model: str
+    revision: str | None = None  # branch, tag or commit of a model on the hub
     output_dir: str
     data: str | None = None
     task: Literal["sst2", "rte", "boolq", "copa", "squad", "trec", "e2e"] | None = None

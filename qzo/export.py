@@ -20,11 +20,13 @@ from qzo.adapter import (
     tuned_weight,
     unquantized_tensors,
 )
+from qzo.base import open_base
 from qzo.card import model_card
 from qzo.checkpoint import Checkpoint, open_checkpoint
 from qzo.errors import CheckpointError, ConfigError
 from qzo.evaluate import evaluate
 from qzo.files import new_folder, read_json, write_json
+from qzo.hub import Origin
 from qzo.model import load_checkpoint, quant_linears
 from qzo.replay import replay
 from qzo.run_folder import read_reference
@@ -55,22 +57,26 @@ class Exported:
     unquantized: tuple[str, ...] = ()
 
 
-def export(run: str | Path, out: str | Path, *, base: str | None = None) -> Exported:
+def export(
+    run: str | Path, out: str | Path, *, base: str | None = None, revision: str | None = None
+) -> Exported:
     """Write the full checkpoint of a run.
 
     Args:
         run: A run folder, or a journal in either form, in a folder of its own or named itself.
         out: A new or empty folder.
         base: The base checkpoint, where it is no longer where the run says.
+        revision: Of the base: a branch, tag or commit of its repository on the hub.
     """
     folder, target = Path(run), Path(out)
     with TemporaryDirectory() as temporary, new_folder(target) as partial:
         if not (folder / CONFIG_NAME).is_file():  # a bare journal is an adapter too
-            replay(folder, out=Path(temporary) / "adapter", base=base)
+            replay(folder, out=Path(temporary) / "adapter", base=base, revision=revision)
             folder = Path(temporary) / "adapter"
         adapter = open_adapter(folder)
         _check_folds(adapter, str(run))
-        checkpoint = open_checkpoint(base or adapter.config["base_model_name_or_path"])
+        recorded = Origin(adapter.config["base_model_name_or_path"], adapter.config.get("revision"))
+        checkpoint = open_base(recorded, Path(run), base=base, revision=revision)
         check_base(checkpoint, adapter.config)
         _write_files(checkpoint, adapter, partial)
         trained, exported = _compare(folder, partial)

@@ -12,6 +12,7 @@ class Inspection:
 
     Attributes:
         folder: Where it is.
+        commit: Of its repository on the hub; None for a folder.
         model_type: Architecture.
         format: ``gptq`` or ``bitsandbytes``.
         details: What its quantization config says, as read.
@@ -25,6 +26,7 @@ class Inspection:
     """
 
     folder: str
+    commit: str | None
     model_type: str
     format: str
     details: str
@@ -37,13 +39,19 @@ class Inspection:
     bytes: int
 
 
-def inspect(source: str | Path) -> Inspection:
-    """Read every quantized layer of a checkpoint and count."""
-    checkpoint = open_checkpoint(source)
+def inspect(source: str | Path, revision: str | None = None) -> Inspection:
+    """Read every quantized layer of a checkpoint and count.
+
+    Args:
+        source: A folder, or the id of a repository on the hub.
+        revision: A branch, tag or commit of the repository.
+    """
+    checkpoint = open_checkpoint(source, revision)
     weights = [checkpoint.weight(layer) for layer in checkpoint.layers]
     files = set(checkpoint.tensors.files.values())
     return Inspection(
         folder=str(checkpoint.folder),
+        commit=checkpoint.origin.commit,
         model_type=str(checkpoint.config.get("model_type")),
         format=checkpoint.format.QUANT_METHOD,
         details=str(checkpoint.spec),

@@ -95,6 +95,7 @@ def peft_config(config: Mapping[str, Any]) -> dict[str, Any]:
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": config["base_model_name_or_path"],
+        **({"revision": config["revision"]} if "revision" in config else {}),
         "r": lora["rank"],
         "lora_alpha": lora["alpha"],
         "target_modules": lora["modules"],

@@ -33,7 +33,11 @@ _HARMLESS = re.compile(r"(rotary_emb\.inv_freq|\.masked_bias|\.attn\.bias)$")
 
 
 def load(
-    path: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+    path: str | Path,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    *,
+    revision: str | None = None,
 ) -> PreTrainedModel:
     """Load a 4-bit checkpoint as a transformers model.
 
@@ -42,11 +46,12 @@ def load(
         dtype: Of activations and unquantized tensors; float32 on a CPU and the dtype of
             ``config.json`` elsewhere, unless given.
         device: Where the model goes.
+        revision: A branch, tag or commit of the repository.
 
     Returns:
         The model in eval mode, ready for ``model(input_ids=...)`` and ``generate``.
     """
-    return load_checkpoint(open_checkpoint(path), dtype, device)
+    return load_checkpoint(open_checkpoint(path, revision), dtype, device)
 
 
 def load_checkpoint(

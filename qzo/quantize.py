@@ -49,6 +49,7 @@ def quantize(
     *,
     calibration: Path | Sequence[str] | None = None,
     progress: Progress | None = None,
+    revision: str | None = None,
 ) -> dict[str, Any]:
     """Quantize a float model into a new checkpoint folder.
 
@@ -58,6 +59,7 @@ def quantize(
         settings: Format, method and their options.
         calibration: A file of texts, or texts; None draws samples from the model itself.
         progress: Called as ``progress(layers done, all layers, name)`` before each layer.
+        revision: A branch, tag or commit of a repository on the hub.
 
     Returns:
         What was made: format, bits, group size, counts, bytes and seconds. What cannot be read,
@@ -65,7 +67,7 @@ def quantize(
     """
     started = time.perf_counter()
     with new_folder(out) as folder:
-        model = open_float_model(source)
+        model = open_float_model(source, revision)
         job = _Job(model, settings, folder, progress or _no_progress)
         tokens = _calibration_tokens(model, settings, calibration)
         job.run(tokens)

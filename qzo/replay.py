@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from qzo.adapter import Adapter, adapter_tensors, open_adapter, save_adapter, unquantized_sha256
-from qzo.checkpoint import Checkpoint, open_checkpoint
+from qzo.base import open_base, shared_origin
+from qzo.checkpoint import Checkpoint
 from qzo.compact_journal import open_record
 from qzo.directions import GENERATOR
 from qzo.errors import CheckpointError, ConfigError
@@ -16,6 +17,7 @@ from qzo.files import new_folder
 from qzo.first_order import FirstOrder, first_order_of
 from qzo.gradients import NAME as GRADIENTS_NAME
 from qzo.gradients import Gradients
+from qzo.hub import Origin
 from qzo.journal_lines import (
     Fingerprint,
     Record,
@@ -55,6 +57,7 @@ def replay(
     to_step: int | None = None,
     out: Path | None = None,
     base: str | None = None,
+    revision: str | None = None,
 ) -> Replayed:
     """Rebuild the scales of a run and compare them with its adapter.
 
@@ -62,7 +65,8 @@ def replay(
         run: A run folder, or a journal in either form, in a folder of its own or named itself.
         to_step: Stop before this step; the adapter's own step unless given.
         out: A new or empty folder; write the adapter there instead of comparing.
-        base: The base checkpoint, where it is no longer where the journal says.
+        base: The base checkpoint, where it is no longer where the run says.
+        revision: Of the base: a branch, tag or commit of its repository on the hub.
 
     Returns:
         What agreed. A base, a fingerprint or an adapter that does not is a CheckpointError.
@@ -74,7 +78,7 @@ def replay(
     if folder.is_file() and out is None:
         raise ConfigError(f"{folder}: name a folder for the adapter with --out")
     journal = open_record(folder)
-    checkpoint = base_of(journal.header, base)
+    checkpoint = base_of(journal, base, revision)
     has_adapter = (folder / "adapter_config.json").is_file() and out is None
     if to_step is None and has_adapter:
         to_step = int(open_adapter(folder).config["step"])
@@ -92,7 +96,7 @@ def replay(
     if has_adapter:
         _compare(open_adapter(folder), tensors, steps)
         return Replayed(steps, checked, scales.fingerprint(), "equal")
-    config = adapter_config(journal.header, checkpoint, steps)
+    config = adapter_config(journal, checkpoint, steps)
     if out is None:
         save_adapter(folder, tensors, config)
     else:
@@ -222,21 +226,24 @@ def check_fingerprint(record: Fingerprint, scales: Scales) -> None:
         )
 
 
-def base_of(header: Mapping[str, Any], base: str | None = None) -> Checkpoint:
+def base_of(journal: Record, base: str | None = None, revision: str | None = None) -> Checkpoint:
     """Open the base checkpoint of a journal and check that it is the one.
 
     Args:
-        header: Of the journal.
-        base: Where it is; where the header says unless given.
+        journal: In either form.
+        base: Where it is; where the run says unless given.
+        revision: A branch, tag or commit of the base.
 
     Raises:
         CheckpointError: Codes, scales, layers or generator are not those of the journal.
     """
+    header = journal.header
     if header.get("generator") != GENERATOR:
         raise CheckpointError(
             f"journal: expected generator {GENERATOR!r}, got {header.get('generator')!r}"
         )
-    checkpoint = open_checkpoint(base or header["base"])
+    recorded = Origin(header["base"], header.get("base_commit"))
+    checkpoint = open_base(recorded, journal.path, base=base, revision=revision)
     sections = sections_of(header)
     for key, got in (
         ("layers", [layer for layer in header.get("layers", []) if layer in checkpoint.layers]),
@@ -252,13 +259,15 @@ def base_of(header: Mapping[str, Any], base: str | None = None) -> Checkpoint:
     return checkpoint
 
 
-def adapter_config(header: Mapping[str, Any], checkpoint: Checkpoint, step: int) -> dict[str, Any]:
+def adapter_config(journal: Record, checkpoint: Checkpoint, step: int) -> dict[str, Any]:
     """Return ``adapter_config.json`` for the scales after a number of steps."""
+    header, base = journal.header, shared_origin(checkpoint, journal.path.parent)
     sections = sections_of(header)
     unquantized = [section.name for section in sections if section.kind in UNQUANTIZED]
     prefixes = [section for section in sections if section.kind == "prefix_key"]
     return {
-        "base_model_name_or_path": str(checkpoint.folder.resolve()),
+        "base_model_name_or_path": base.name,
+        **({} if base.commit is None else {"revision": base.commit}),
         "format": checkpoint.format.QUANT_METHOD,
         "group_size": checkpoint.group_size,
         "codes_sha256": header["codes_sha256"],

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel, TrainerCallback
 
 from qzo.adapter import open_adapter
+from qzo.base import BASE_NAME
 from qzo.card import model_card
 from qzo.checkpoint import Checkpoint, open_checkpoint
 from qzo.config import Recipe
@@ -23,7 +24,7 @@ from qzo.plot import plot_run
 from qzo.ranks import Ranks
 from qzo.result import Result
 from qzo.rewards import RewardFunction, load_reward
-from qzo.run_folder import BASE_NAME, BASE_ORIGIN_NAME, check_new
+from qzo.run_folder import BASE_ORIGIN_NAME, check_new
 from qzo.run_memory import run_budget
 from qzo.trainer import Trainer
 
@@ -130,7 +131,7 @@ def load_model(
 def base_checkpoint(recipe: Recipe) -> Checkpoint:
     """Open the base; with ``quantize`` it is made first, in ``output_dir/base``."""
     if recipe.quantize is None:
-        return open_checkpoint(recipe.model)
+        return open_checkpoint(recipe.model, recipe.revision)
     from qzo.quantize import quantize
     from qzo.quantize_settings import QuantizeSettings
 
@@ -143,7 +144,9 @@ def base_checkpoint(recipe: Recipe) -> Checkpoint:
     else:
         run.mkdir(parents=True, exist_ok=True)
         write_json(origin_path, origin)
-        quantize(recipe.model, folder, QuantizeSettings(format=recipe.quantize))
+        quantize(
+            recipe.model, folder, QuantizeSettings(format=recipe.quantize), revision=recipe.revision
+        )
     return open_checkpoint(folder)
 
 
@@ -178,6 +181,7 @@ def _origin_of(recipe: Recipe) -> dict[str, Any]:
     return {
         "quantize": recipe.quantize,
         "model": recipe.model,
+        **({} if recipe.revision is None else {"revision": recipe.revision}),
         "sizes": {name: stat.st_size for name, stat in found.items()},
         "times": {name: stat.st_mtime_ns for name, stat in found.items()},
     }
@@ -186,7 +190,8 @@ def _origin_of(recipe: Recipe) -> dict[str, Any]:
 def _is_same_model(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
     """Tell whether two models have one name, or else files of the same names and sizes."""
     is_copy = bool(new["sizes"]) and old.get("sizes") == new["sizes"]
-    return is_copy or bool(old.get("model") == new["model"])
+    is_named_so = all(old.get(key) == new.get(key) for key in ("model", "revision"))
+    return is_copy or is_named_so
 
 
 def data_sets(recipe: Recipe, tokenizer: Any) -> tuple[ExampleSet, ExampleSet | None]:

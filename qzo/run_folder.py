@@ -11,6 +11,7 @@ import transformers
 import yaml
 
 from qzo.adapter import unquantized_sha256
+from qzo.base import BASE_NAME, RECIPE_NAME, is_inside, shared_origin
 from qzo.checkpoint import Checkpoint
 from qzo.combinations import without_unread
 from qzo.config import Recipe
@@ -19,6 +20,7 @@ from qzo.encoding import Candidate, EncodedExample
 from qzo.errors import CheckpointError, ConfigError
 from qzo.examples import ExampleSet
 from qzo.files import LOCK_NAME, is_partial, read_json, write_bytes
+from qzo.hub import shared_name
 from qzo.journal import NAME as JOURNAL_NAME
 from qzo.journal import Journal
 from qzo.optimizers import RULES
@@ -29,7 +31,6 @@ from qzo.sections import Section
 from qzo.version import __version__
 
 REFERENCE_NAME = "reference.json"
-BASE_NAME = "base"  # the checkpoint of a model that was quantized for the run
 BASE_ORIGIN_NAME = "base_origin.json"  # what it was made from
 _NOT_OF_A_RUN = {LOCK_NAME, BASE_NAME, BASE_ORIGIN_NAME}  # what may lie in the folder before a run
 
@@ -46,13 +47,15 @@ def header_of(
 
     Waits for the digests of the checkpoint, which take a second or so a GB.
     """
+    base = shared_origin(checkpoint, Path(config.output_dir))
     return {
         "qzo_version": __version__,
         "torch_version": torch.__version__,
         "transformers_version": transformers.__version__,
         "generator": GENERATOR,
         "rules": RULES,
-        "base": str(checkpoint.folder.resolve()),
+        "base": base.name,
+        **({} if base.commit is None else {"base_commit": base.commit}),
         "codes_sha256": checkpoint.codes_sha256(),
         "scales_sha256": checkpoint.scales_sha256(),
         "data_sha256": train_set.sha256(),
@@ -69,8 +72,22 @@ def header_of(
         "optimizer_settings": config.zo.optimizer_settings,
         **({} if stretch is None else {"stretch": stretch}),
         "seed": config.seed,
-        "recipe": config.model_dump(mode="json"),
+        "recipe": shared_recipe(config.model_dump(mode="json")),
     }
+
+
+def shared_recipe(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a recipe without what its paths say of the user's computer."""
+    return {k: shared_name(v) if k in _PATHS and v else v for k, v in values.items()}
+
+
+def with_base(config: Recipe, checkpoint: Checkpoint) -> Recipe:
+    """Return the recipe for the run folder: it says where the base is, in whatever way it came."""
+    is_named = Path(config.model).is_dir() and checkpoint.folder.samefile(config.model)
+    if is_named or is_inside(checkpoint, Path(config.output_dir)):
+        return config
+    origin = checkpoint.origin
+    return config.model_copy(update={"model": origin.name, "revision": origin.commit})
 
 
 def _sections(checkpoint: Checkpoint, sections: Sequence[Section]) -> dict[str, Any]:
@@ -80,16 +97,19 @@ def _sections(checkpoint: Checkpoint, sections: Sequence[Section]) -> dict[str, 
     return {"sections": [s.to_dict() for s in sections], "unquantized_sha256": digest}
 
 
+# Keys that may name a place on the user's computer.
+_PATHS = {"model", "output_dir", "data", "eval_data", "reward"}
 # Keys that may change when a run continues: they do not change the numbers.
 _FREE = {
     *("output_dir", "resume_from_checkpoint", "report_to", "max_steps", "device", "model", "data"),
+    "revision",  # the commit is compared
     *("logging_steps", "save_steps", "save_total_limit", "per_device_eval_batch_size"),
     *("eval_steps", "eval_data", "num_eval_examples", "load_best_model_at_end"),
     *("memory_limit", "journal_sync_steps", "generation_batch_size"),
 }
 # Keys in which the processes of one run may differ.
 _OWN = {"output_dir", "resume_from_checkpoint", "device", "model", "data", "eval_data", "report_to"}
-_OWN |= {"memory_limit", "generation_batch_size"}
+_OWN |= {"memory_limit", "generation_batch_size", "revision"}
 # What else has to be the same, and what may be wrong if it is not.
 _COMPARED = {
     "codes_sha256": "model: codes_sha256 of the base differs from",
@@ -182,7 +202,7 @@ def begin(journal: Journal, config: Recipe) -> None:
 
 def _write_recipe(folder: Path, config: Recipe) -> None:
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-    write_bytes(folder / "recipe.yaml", text.encode("utf-8"))
+    write_bytes(folder / RECIPE_NAME, text.encode("utf-8"))
 
 
 def _check_same(
@@ -195,10 +215,26 @@ def _check_same(
     for key, message in compared.items():
         if old.get(key) != new.get(key):
             raise CheckpointError(f"{message} that of {whose}")
+    _check_same_commit(old, new, whose)
     if new["recipe"]["objective"] not in WRITTEN:  # nothing is written that moves the scales
         free = {*free, "max_new_tokens", "generation_stop"}
-    for key, want, got in differing(_with_defaults(old["recipe"]), new["recipe"], free):
+    recipe = shared_recipe(_with_defaults(old["recipe"]))  # earlier versions wrote whole paths
+    for key, want, got in differing(recipe, new["recipe"], free):
         raise ConfigError(f"{key}: expected {want!r} as in {whose}, got {got!r}")
+
+
+def _check_same_commit(old: Mapping[str, Any], new: Mapping[str, Any], whose: str) -> None:
+    """Refuse another commit of the same repository.
+
+    Raises:
+        ConfigError: It is another one.
+    """
+    want, got = (header.get("base_commit") for header in (old, new))
+    if old.get("base") == new["base"] and want != got and None not in (want, got):
+        raise ConfigError(
+            f"revision: expected commit {want} of {new['base']} as in {whose}, got {got}; set "
+            f"revision: {want}"
+        )
 
 
 def _with_defaults(recipe: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,14 +8,12 @@ the better result where there is one.
 
 import json
 import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
@@ -27,12 +25,10 @@ from transformers import (
 from qzo.checkpoint import quantization_config
 from qzo.errors import CheckpointError
 from qzo.files import read_json
+from qzo.hub import SIDE_FILES, checked_folder, fetch, is_hub_id
+from qzo.hub import copy_side_files as copy_between
 from qzo.tensor_files import TensorFiles
 
-_SIDE_FILES = (
-    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
-    *("*.model", "*.tiktoken", "chat_template*", "generation_config.json", "LICENSE*", "NOTICE*"),
-)
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "*.model", "vocab.json")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -58,19 +54,20 @@ class FloatModel:
     folder: Path | None
 
 
-def open_float_model(source: str | Path) -> FloatModel:
+def open_float_model(source: str | Path, revision: str | None = None) -> FloatModel:
     """Load a float model.
 
     Args:
         source: A folder with ``config.json`` and safetensors, a hub id, or a .gguf file.
+        revision: A branch, tag or commit of a repository on the hub.
 
     Returns:
         The model; it takes as much memory as its stored weights. What cannot be loaded, and what
         is quantized already, is a CheckpointError.
     """
     if str(source).endswith(".gguf"):
-        return _from_gguf(Path(source))
-    return _from_folder(_float_folder(str(source)), str(source))
+        return _from_gguf(checked_folder(Path(source), revision))
+    return _from_folder(_float_folder(str(source), revision), str(source))
 
 
 def copy_side_files(source: FloatModel, target: Path) -> None:
@@ -81,35 +78,21 @@ def copy_side_files(source: FloatModel, target: Path) -> None:
         if source.model.generation_config is not None:
             source.model.generation_config.save_pretrained(target)
         return
-    for pattern in _SIDE_FILES:
-        for path in source.folder.glob(pattern):
-            if path.is_file():
-                shutil.copyfile(path, target / path.name)
+    copy_between(source.folder, target)
 
 
-def _float_folder(source: str) -> Path:
+def _float_folder(source: str, revision: str | None) -> Path:
     folder = Path(source)
     if folder.is_dir():
-        return folder
-    if folder.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
+        return checked_folder(folder, revision)
+    if not is_hub_id(source):
         raise CheckpointError(f"{source}: expected a folder, a hub id or a .gguf file")
+    expected = (
+        "expected a folder, a .gguf file, or a repository that can be downloaded from the hub"
+    )
     # the small files first: what is quantized already is refused before its weights are fetched
-    _refuse_quantized(_download(source, ["*.json"]), source)
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.tiktoken", "*.jinja"]
-    return _download(source, [*patterns, "LICENSE*", "NOTICE*"])
-
-
-def _download(source: str, patterns: list[str]) -> Path:
-    try:
-        path = snapshot_download(  # top level only: no second copy of the weights in a subfolder
-            source, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"]
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{source}: expected a folder, a .gguf file, or a repository that can be downloaded "
-            f"from the hub: {_first_line(error)}"
-        ) from error
-    return Path(path)
+    _refuse_quantized(fetch(source, revision, ["*.json"], expected), source)
+    return fetch(source, revision, ["*.json", "*.safetensors", *SIDE_FILES], expected)
 
 
 def _refuse_quantized(folder: Path, source: str) -> dict[str, Any]:
@@ -130,7 +113,8 @@ def _from_folder(folder: Path, name: str) -> FloatModel:
     model = _load_model(name, folder, use_safetensors=True, dtype="auto")
     has_tokenizer = any(any(folder.glob(pattern)) for pattern in _TOKENIZER_FILES)
     tokenizer = _load_tokenizer(name, folder) if has_tokenizer else None
-    config.pop("auto_map", None)  # points to Python files, which are not copied
+    for key in ("auto_map", "_name_or_path"):  # Python files, which are not copied; a path
+        config.pop(key, None)
     return FloatModel(name, config, model, tokenizer, folder)
 
 

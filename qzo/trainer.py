@@ -24,6 +24,7 @@ from qzo.adapter import (
     save_adapter,
 )
 from qzo.answer_memory import tokens_at_once
+from qzo.base import BASE_NAME
 from qzo.between_steps import BetweenSteps
 from qzo.callbacks import Events
 from qzo.config import Recipe
@@ -47,7 +48,7 @@ from qzo.ranks import Ranks, Wish
 from qzo.replay import adapter_config, apply_journal, check_fingerprint
 from qzo.result import DivergedError, Result, StoppedError
 from qzo.rewards import WRITTEN, ObjectiveName, RewardFunction, check_objective, reward_name
-from qzo.run_folder import BASE_NAME, header_of, open_journal, write_reference
+from qzo.run_folder import header_of, open_journal, with_base, write_reference
 from qzo.sections import sections_of
 from qzo.snapshots import BEST_NAME, Snapshots, read_snapshot, step_of
 from qzo.training_step import Measured, TrainingSteps
@@ -145,9 +146,10 @@ class Trainer:
             self._live.master = None
 
     def _train(self) -> Result:
-        config, scales, ranks = self.config, self.scales, self._ranks
+        scales, ranks = self.scales, self._ranks
         base = self.folder / BASE_NAME
         self.checkpoint = ranks.in_turn(lambda: checkpoint_of(self.model, base, self.tokenizer))
+        config = with_base(self.config, self.checkpoint)
         _ = self.checkpoint.digests  # for the header; they need not be there before the first step
         journal = open_journal(config, self._header, ranks)
         exact = self._exact = ExactPart(journal, config.zo, self.model, scales, self.objective)
@@ -408,5 +410,5 @@ class Trainer:
         reference = ExampleSet(self._reference.examples, self._reference.loss)
         loss = self._evaluation(reference, Ranks(), "loss").loss
         write_reference(self.folder, self._reference, loss)
-        save_adapter(self.folder, tensors, adapter_config(journal.header, self.checkpoint, step))
+        save_adapter(self.folder, tensors, adapter_config(journal, self.checkpoint, step))
         apply_adapter(self.model, self.checkpoint, open_adapter(self.folder))

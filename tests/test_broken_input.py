@@ -520,7 +520,12 @@ CASES: list[tuple[Break, tuple[str, ...], str]] = [
         r"written back exactly",
     ),
     (no_base, TRAIN, r"{w}/base: expected a folder or a hub id, found neither"),
-    (no_base, REPLAY, r"{w}/base: expected a folder or a hub id, found neither"),
+    (
+        no_base,
+        REPLAY,
+        r"{w}/base: expected a folder or a hub id, found neither; name the base of the run with "
+        r"--base",
+    ),
     (unknown_key, TRAIN, r"epsilon: unknown key; did you mean 'zo\.epsilon'\?"),
     (
         wrong_type,

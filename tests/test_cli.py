@@ -315,7 +315,7 @@ def test_compact_writes_a_journal_that_can_be_replayed(
     steps = len(json_lines(place.run / "journal.jsonl")) - 1
     assert ran.value["bytes"] == small.stat().st_size
     assert ran.value["steps"] <= steps
-    again = qzo("replay", small, "--out", tmp_path / "out", "--json").value
+    again = qzo("replay", small, "--base", place.base, "--out", tmp_path / "out", "--json").value
     assert again["fingerprint"] == qzo("replay", place.run, "--json").value["fingerprint"]
 
 

@@ -88,7 +88,7 @@ def test_a_stopped_run_ends_like_a_straight_one_and_replays(
     assert not torch.equal(straight.scales.values, before)
     assert lines(tmp_path / "stopped") == lines(tmp_path / "straight")
     write_compact(Journal.open(tmp_path / "straight" / "journal.jsonl"), tmp_path / "c.safetensors")
-    qzo.replay(tmp_path / "c.safetensors", out=tmp_path / "compact")
+    qzo.replay(tmp_path / "c.safetensors", out=tmp_path / "compact", base=str(base))
     for name in FILES:
         want = (tmp_path / "straight" / name).read_bytes()
         assert (tmp_path / "stopped" / name).read_bytes() == want

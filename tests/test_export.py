@@ -324,7 +324,7 @@ def test_a_bare_journal_is_exported_too(
     write_compact(Journal.open(journal), small)
     given = {"folder": journal.parent, "file": journal, "compact": small}[kind]
 
-    result = qzo.export(given, tmp_path / "out")
+    result = qzo.export(given, tmp_path / "out", base=str(run.base))
 
     assert result.trained_loss is None
     assert stored(tmp_path / "out") == stored(run.out)
@@ -412,7 +412,10 @@ def test_a_base_whose_codes_changed_is_refused(
 def test_a_run_without_a_base_is_refused(runs: Callable[[str], Run], tmp_path: Path) -> None:
     run = copied(runs("gptq-v1"), tmp_path)
     shutil.rmtree(run.base)
-    assert refusal(run) == f"{run.base}: expected a folder or a hub id, found neither"
+    assert refusal(run) == (
+        f"{run.base}: expected a folder or a hub id, found neither; name the base of the run with "
+        "--base"
+    )
 
 
 def test_an_adapter_with_another_loss_is_refused(

@@ -169,7 +169,7 @@ def test_an_adapter_of_scales_takes_the_place_of_one_of_factors(run: Run, tmp_pa
 def test_a_replay_needs_no_model(run: Run, tmp_path: Path) -> None:
     assert qzo.replay(run.folder).adapter == "equal"
     write_compact(open_record(run.folder), tmp_path / "journal.safetensors")
-    qzo.replay(tmp_path / "journal.safetensors", out=tmp_path / "again")
+    qzo.replay(tmp_path / "journal.safetensors", out=tmp_path / "again", base=str(run.base))
     for name in ("adapter_model.safetensors", "adapter_config.json", "qzo_adapter.json"):
         assert (tmp_path / "again" / name).read_bytes() == (run.folder / name).read_bytes()
 

@@ -209,7 +209,7 @@ def test_an_adapter_holds_the_master(run: Run) -> None:
 def test_a_replay_needs_no_model(run: Run, tmp_path: Path) -> None:
     assert qzo.replay(run.folder).adapter == "equal"
     write_compact(open_record(run.folder), tmp_path / "journal.safetensors")
-    qzo.replay(tmp_path / "journal.safetensors", out=tmp_path / "again")
+    qzo.replay(tmp_path / "journal.safetensors", out=tmp_path / "again", base=str(run.base))
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         assert (tmp_path / "again" / name).read_bytes() == (run.folder / name).read_bytes()
 
@@ -329,7 +329,7 @@ def test_a_damaged_start_is_refused(run: Run, tmp_path: Path) -> None:
         match=r"^journal: line 1: expected sections with name, kind, shape, unit, factor, offset "
         "and seed, got something else: ",
     ):
-        qzo.replay(path, out=tmp_path / "out")
+        qzo.replay(path, out=tmp_path / "out", base=str(run.base))
 
 
 def test_rows_padded_on_the_left_see_the_prefix_and_no_padding(run: Run) -> None:

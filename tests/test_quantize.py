@@ -577,7 +577,7 @@ def test_quantize_refuses_a_hub_id_that_cannot_be_downloaded(
     def offline(*_args: object, **_options: object) -> str:
         raise OSError("no network\nin this test")
 
-    monkeypatch.setattr("qzo.source.snapshot_download", offline)
+    monkeypatch.setattr("qzo.hub.snapshot_download", offline)
 
     with pytest.raises(CheckpointError, match=r"^owner/name: expected a folder.* hub: no network$"):
         quantize("owner/name", tmp_path / "out", RTN)

@@ -126,7 +126,7 @@ def test_a_compact_journal_is_an_adapter(each: Run, tmp_path: Path) -> None:
     compact = tmp_path / "run.safetensors"
     write_compact(Journal.open(each.journal), compact)
 
-    result = qzo.replay(compact, out=tmp_path / "out")
+    result = qzo.replay(compact, out=tmp_path / "out", base=str(each.base))
 
     assert (result.steps, result.num_fingerprints, result.adapter) == (STEPS, 3, "written")
     for name in ("adapter_model.safetensors", "adapter_config.json"):
@@ -163,7 +163,8 @@ def test_a_journal_that_is_a_file_needs_a_folder_for_the_adapter(run: Run) -> No
 
 def test_a_base_that_was_moved_can_be_named(run: Run, tmp_path: Path) -> None:
     moved = run.base.rename(tmp_path / "elsewhere")
-    with refusal(f"{run.base}: expected a folder or a hub id, found neither"):
+    message = "expected a folder or a hub id, found neither; name the base of the run with --base"
+    with refusal(f"{run.base}: {message}"):
         qzo.replay(run.folder)
 
     assert qzo.replay(run.folder, base=str(moved)).adapter == "equal"

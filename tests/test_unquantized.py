@@ -264,7 +264,7 @@ def test_only_scales_and_the_named_tensors_differ(run: Run) -> None:
 def test_a_replay_needs_no_model(run: Run, tmp_path: Path) -> None:
     assert qzo.replay(run.folder).adapter == "equal"
     write_compact(open_record(run.folder), tmp_path / "journal.safetensors")
-    qzo.replay(tmp_path / "journal.safetensors", out=tmp_path / "again")
+    qzo.replay(tmp_path / "journal.safetensors", out=tmp_path / "again", base=str(run.base))
     first, second = (f / "adapter_model.safetensors" for f in (run.folder, tmp_path / "again"))
     assert first.read_bytes() == second.read_bytes()
 
