@@ -12,6 +12,7 @@ from rich.table import Table
 from quantizers.errors import FormatError
 from qzo.bench.commands import app as bench
 from qzo.errors import ConfigError, QZOError
+from qzo.hardware_errors import hardware_errors
 from qzo.terminal import (
     AsJSON,
     Device,
@@ -42,6 +43,7 @@ Revision = Annotated[
 
 _stderr = stderr_console()
 _TASKS = "sst2, rte, boolq, copa, squad, trec or e2e."
+_STREAM = "or set --memory-limit, so that the model streams"
 _TYPER_INTERRUPTED = 130  # what typer makes of a KeyboardInterrupt, without a word
 
 
@@ -118,7 +120,8 @@ def quantize(
         damp_percent=damp_percent,
         device=str(device_of(device)),
     )
-    with stdout_for(as_json) as print_json, progress_bar("quantizing") as progress:
+    short = hardware_errors(_lower("--num-samples", num_samples, "--seq-len", seq_len))
+    with stdout_for(as_json) as print_json, progress_bar("quantizing") as progress, short:
         summary = run(
             model, out, settings, calibration=calibration, progress=progress, revision=revision
         )
@@ -289,7 +292,8 @@ def evaluate(
     from qzo.model import load_tokenizer, quant_linears
     from qzo.placement import placement
 
-    with stdout_for(as_json) as print_json:
+    lower = _lower("--batch-size", batch_size, "--max-length", max_length)
+    with stdout_for(as_json) as print_json, hardware_errors(f"{lower}; {_STREAM}"):
         place = placement(device, dtype, memory_limit)
         opened = open_checkpoint(checkpoint, revision)
         tuned = None if adapter is None else open_adapter(Path(adapter))
@@ -368,7 +372,7 @@ def export(
     """Write the full checkpoint with the tuned scales, all else byte for byte."""
     from qzo.export import export as write
 
-    with stdout_for(as_json) as print_json:
+    with stdout_for(as_json) as print_json, hardware_errors("free some memory"):
         show(asdict(write(run, out, base=base, revision=revision)), as_json, print_json)
 
 
@@ -394,7 +398,8 @@ def generate(
     from qzo.model import load_tokenizer
     from qzo.placement import placement
 
-    with stdout_for(as_json) as print_json:
+    lower = _lower("--max-new-tokens", max_new_tokens)
+    with stdout_for(as_json) as print_json, hardware_errors(f"{lower}; {_STREAM}"):
         place = placement(device, dtype, memory_limit)
         opened = open_checkpoint(checkpoint, revision)
         tuned = None if adapter is None else open_adapter(Path(adapter))
@@ -413,6 +418,14 @@ def generate(
             print_json({"prompt": prompt, "completion": text})
         else:
             print(prompt + text)
+
+
+def _lower(*flags: str | int) -> str:
+    """Return what to lower, to half of what it is: flags and their values in turn."""
+    pairs = zip(flags[::2], flags[1::2], strict=True)
+    return "lower " + " or ".join(
+        f"{flag} from {value} to {max(int(value) // 2, 1)}" for flag, value in pairs
+    )
 
 
 def _check_evaluated(task: str | None, data: str | None, prompt: str) -> None:

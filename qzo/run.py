@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from qzo.data import is_file
 from qzo.errors import CheckpointError, ConfigError
 from qzo.examples import ExampleSet, read_set, split_records
 from qzo.files import read_json, write_bytes, write_json
+from qzo.hardware_errors import hardware_errors
 from qzo.interrupts import explained_bus_errors
 from qzo.journal import NAME as JOURNAL_NAME
 from qzo.model import Progress, load_checkpoint, load_tokenizer
@@ -25,7 +27,7 @@ from qzo.ranks import Ranks
 from qzo.result import Result
 from qzo.rewards import RewardFunction, load_reward
 from qzo.run_folder import BASE_ORIGIN_NAME, check_new
-from qzo.run_memory import run_budget
+from qzo.run_memory import less_memory, run_budget
 from qzo.trainer import Trainer
 
 
@@ -84,9 +86,10 @@ def _train(
     tokenizer = load_tokenizer(checkpoint.folder)
     train_set, eval_set = data_sets(recipe, tokenizer)
     sets = [data for data in (train_set, eval_set) if data is not None]
-    model = load_model(recipe, checkpoint, sets, progress)
-    trainer = Trainer(model, recipe, train_set, eval_set, callbacks, tokenizer, ranks, reward)
-    result = trainer.train()
+    with hardware_errors(partial(less_memory, recipe, checkpoint, sets)):
+        model = load_model(recipe, checkpoint, sets, progress)
+        trainer = Trainer(model, recipe, train_set, eval_set, callbacks, tokenizer, ranks, reward)
+        result = trainer.train()
     if not ranks.is_first:
         return None
     folder = Path(recipe.output_dir)

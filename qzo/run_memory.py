@@ -13,7 +13,9 @@ from qzo.checkpoint import Checkpoint
 from qzo.config import Recipe
 from qzo.estimators import evaluations_per_example, make_estimator
 from qzo.examples import ExampleSet
+from qzo.free_memory import available_bytes
 from qzo.memory import parse_memory
+from qzo.placement import device_of
 from qzo.planner import plan
 from qzo.probes import STACKED_TOKENS
 from qzo.rewards import WRITTEN
@@ -92,6 +94,53 @@ def planned_bytes(
         )
     needed = planned_of(max(plans, key=lambda one: one.peak_bytes))
     return needed._replace(generated_tokens=planned_of(plans[-1]).generated_tokens)
+
+
+def less_memory(recipe: Recipe, checkpoint: Checkpoint, sets: Sequence[ExampleSet]) -> str:
+    """Say which keys to lower, and to what, so that the plan of a run fits into its memory."""
+    device = device_of(recipe.device)
+    limit = _total_bytes(recipe, device)
+    factor, fits, smaller = 1, False, recipe
+    while not fits and smaller != _divided(recipe, factor * 2):
+        factor *= 2
+        smaller = _divided(recipe, factor)
+        needed = planned_bytes(smaller, checkpoint, sets, device, limit)
+        fits = limit is None or needed.streaming + needed.other <= limit
+    keys = ("per_device_train_batch_size", "per_device_eval_batch_size", "generation_batch_size")
+    changed = {key: getattr(smaller, key) for key in keys}
+    words = [
+        f"{key} from {getattr(recipe, key) or 'all that fit'} to {value}"
+        for key, value in changed.items()
+        if value != getattr(recipe, key)
+    ]
+    steps = smaller.gradient_accumulation_steps
+    same = f" (gradient_accumulation_steps={steps} keeps the batch of a step)"
+    lowered = f"lower {', '.join(words)}{same}, or max_length" if words else "lower max_length"
+    return f"{lowered}; or set memory_limit, so that the model streams"
+
+
+def _total_bytes(recipe: Recipe, device: torch.device) -> int | None:
+    """Return the memory that a run may take: its limit, or all that the device has."""
+    if recipe.memory_limit is not None:
+        return parse_memory(recipe.memory_limit, "memory_limit")
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[1])
+    return available_bytes(device)
+
+
+def _divided(recipe: Recipe, factor: int) -> Recipe:
+    """Return a recipe whose forwards have fewer rows, as often as needed for the same batch."""
+    size = recipe.per_device_train_batch_size
+    divisor = max(d for d in range(1, min(factor, size) + 1) if size % d == 0)
+    update = {
+        "per_device_train_batch_size": size // divisor,
+        "gradient_accumulation_steps": recipe.gradient_accumulation_steps * divisor,
+        "per_device_eval_batch_size": max(recipe.per_device_eval_batch_size // factor, 1),
+    }
+    if recipe.objective in WRITTEN:
+        together = recipe.generation_batch_size or recipe.per_device_train_batch_size
+        update["generation_batch_size"] = max(together // factor, 1)
+    return recipe.model_copy(update=update)
 
 
 def _generated_rows(recipe: Recipe, probes: int) -> int:
