@@ -6,7 +6,7 @@ written as PEFT reads it; what QZO has to know besides is in ``qzo_adapter.json`
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from quantizers.weight import QuantizedWeight
 from qzo.checkpoint import Checkpoint
 from qzo.errors import CheckpointError
-from qzo.files import new_file, read_json, write_json
+from qzo.files import new_file, read_json, sync, write_json
 from qzo.linear import Live
 from qzo.low_rank import adding_low_rank, file_key, peft_config
 from qzo.model import quant_linears
@@ -185,10 +185,28 @@ def change_warnings(
     )
 
 
-def save_adapter(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
-    """Write an adapter; the config comes last, so that an adapter with a config is complete."""
+def save_adapter(
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    write_others: Callable[[], None] = lambda: None,
+) -> None:
+    """Write an adapter; the config comes last, so that an adapter with a config is complete.
+
+    The config of an older adapter goes before anything else of it is replaced, so that a process
+    that is killed in between leaves no mixture: ``replay`` then writes the adapter again.
+
+    Args:
+        folder: Of the run.
+        tensors: By key.
+        config: ``adapter_config.json``.
+        write_others: Writes other files that belong to this adapter.
+    """
     with new_file(folder / MODEL_NAME) as partial:
         write_safetensors(partial, tensors.items())
+        (folder / CONFIG_NAME).unlink(missing_ok=True)
+        sync(folder)
+    write_others()
     if "lora" in config:
         write_json(folder / _LORA_NAME, config)
         write_json(folder / CONFIG_NAME, peft_config(config))

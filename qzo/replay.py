@@ -1,19 +1,27 @@
 """Rebuilding tuned scales from the journal: no model, no data, no forward pass."""
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from qzo.adapter import Adapter, adapter_tensors, open_adapter, save_adapter, unquantized_sha256
+from qzo.adapter import (
+    CONFIG_NAME,
+    Adapter,
+    adapter_tensors,
+    open_adapter,
+    save_adapter,
+    unquantized_sha256,
+)
 from qzo.base import open_base, shared_origin
 from qzo.checkpoint import Checkpoint
 from qzo.compact_journal import open_record
 from qzo.directions import GENERATOR
 from qzo.errors import CheckpointError, ConfigError
-from qzo.files import new_folder
+from qzo.files import locked, new_folder
 from qzo.first_order import FirstOrder, first_order_of
 from qzo.gradients import NAME as GRADIENTS_NAME
 from qzo.gradients import Gradients
@@ -77,9 +85,22 @@ def replay(
     folder = Path(run)
     if folder.is_file() and out is None:
         raise ConfigError(f"{folder}: name a folder for the adapter with --out")
+    is_written = out is None and folder.is_dir() and not (folder / CONFIG_NAME).is_file()
+    with locked(folder) if is_written else nullcontext():
+        return _replay(folder, to_step, out=out, base=base, revision=revision)
+
+
+def _replay(
+    folder: Path,
+    to_step: int | None,
+    *,
+    out: Path | None,
+    base: str | None,
+    revision: str | None,
+) -> Replayed:
     journal = open_record(folder)
     checkpoint = base_of(journal, base, revision)
-    has_adapter = (folder / "adapter_config.json").is_file() and out is None
+    has_adapter = (folder / CONFIG_NAME).is_file() and out is None
     if to_step is None and has_adapter:
         to_step = int(open_adapter(folder).config["step"])
     scales = Scales.of_checkpoint(

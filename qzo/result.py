@@ -1,5 +1,6 @@
 """What a run ends with: a result, or one of the errors that are its own."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -38,6 +39,16 @@ class Result:
             "after": None if self.after is None else self.after.to_dict(),
         }
         return {**asdict(self), **evaluations}
+
+
+def ahead_warnings(folders: Sequence[str], journal: str) -> tuple[str, ...]:
+    """Say in words which snapshots were set aside; nothing where there are none."""
+    if not folders:
+        return ()
+    return (
+        f"{', '.join(folders)}: set aside, because {journal} ended before these snapshots; the "
+        "missing steps were taken again. Delete the folders when nothing in them is needed",
+    )
 
 
 class DivergedError(QZOError):

@@ -5,6 +5,7 @@ A folder ``checkpoint-N`` holds the state after N steps; ``best`` that of the be
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 from torch import Tensor
@@ -139,6 +140,19 @@ class Snapshots:
         folders = self.folder.glob(f"{_NUMBERED}*")
         return sorted((f for f in folders if _after(f.name).isdecimal()), key=step_of)
 
+    def set_aside(self, journal_steps: int) -> list[str]:
+        """Rename the numbered ones of steps that the journal does not have.
+
+        Returns:
+            Where they are now.
+        """
+        names = []
+        for folder in self.numbered():
+            if step_of(folder) > journal_steps:
+                names.append(_free_name(folder))
+                folder.rename(folder.with_name(names[-1]))
+        return names
+
     def best_step(self) -> int | None:
         """Return how many steps were done at the snapshot ``best``; None where there is none."""
         folder = self.folder / BEST_NAME
@@ -161,6 +175,11 @@ class Snapshots:
 def step_of(folder: Path) -> int:
     """Return how many steps were done at a numbered snapshot, by its name."""
     return int(_after(folder.name))
+
+
+def _free_name(folder: Path) -> str:
+    names = (f"{folder.name}.ahead{number or ''}" for number in count())
+    return next(name for name in names if not folder.with_name(name).exists())
 
 
 def _after(name: str) -> str:

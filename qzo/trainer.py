@@ -34,7 +34,7 @@ from qzo.estimators import make_estimator
 from qzo.evaluate import Evaluation, evaluate
 from qzo.exact_part import ExactPart, check_exact
 from qzo.examples import ExampleSet, from_encoded, from_records
-from qzo.files import locked, remove
+from qzo.files import locked
 from qzo.generation import Generator
 from qzo.interrupts import stop_signals
 from qzo.journal import Journal
@@ -46,11 +46,11 @@ from qzo.optimizers import make_optimizer
 from qzo.probes import Probe
 from qzo.ranks import Ranks, Wish
 from qzo.replay import adapter_config, apply_journal, check_fingerprint
-from qzo.result import DivergedError, Result, StoppedError
+from qzo.result import DivergedError, Result, StoppedError, ahead_warnings
 from qzo.rewards import WRITTEN, ObjectiveName, RewardFunction, check_objective, reward_name
 from qzo.run_folder import header_of, open_journal, with_base, write_reference
 from qzo.sections import sections_of
-from qzo.snapshots import BEST_NAME, Snapshots, read_snapshot, step_of
+from qzo.snapshots import BEST_NAME, Snapshots, read_snapshot
 from qzo.training_step import Measured, TrainingSteps
 from qzo.tuned import trained_vector
 from qzo.wrap import checkpoint_of, tokenizer_of
@@ -101,6 +101,7 @@ class Trainer:
         self.estimator = make_estimator(config.zo.estimator, config.estimator_settings)
         self.optimizer = make_optimizer(config.zo.optimizer, config.zo.optimizer_settings)
         self._stretches: dict[str, list[float]] | None = None
+        self._ahead: list[str] = []  # snapshots of steps that the journal lost
         self._exact: ExactPart | None = None  # known once the journal was looked for
         self.train_set = train_set = self._example_set(train_dataset, "train_dataset")
         self.eval_set = (
@@ -337,9 +338,11 @@ class Trainer:
         if not journal.is_on_disk:
             stretch_scales(self.scales, {"stretch": self._stretch()})
             return
-        start, folders = 0, self._snapshots.numbered() if self._ranks.is_first else []
-        while folders and step_of(folders[-1]) > journal.next_step:
-            remove(folders.pop())  # of steps that the journal lost
+        start = 0
+        folders: list[Path] = []
+        if self._ranks.is_first:
+            self._ahead = self._snapshots.set_aside(journal.next_step)
+            folders = self._snapshots.numbered()
         if folders:
             snapshot = read_snapshot(folders[-1])
             self._snapshots.take(snapshot)
@@ -403,12 +406,17 @@ class Trainer:
             best_step=best_step,
             by_reward=self.config.objective != "loss",
         )
+        warnings += ahead_warnings(self._ahead, journal.path.name)
         return Result(steps, best_step, before, after, changed, skipped, seconds, warnings)
 
     def _write_adapter(self, journal: Journal, step: int) -> None:
         tensors: dict[str, Tensor] = adapter_tensors(self.checkpoint, self.scales)
         reference = ExampleSet(self._reference.examples, self._reference.loss)
         loss = self._evaluation(reference, Ranks(), "loss").loss
-        write_reference(self.folder, self._reference, loss)
-        save_adapter(self.folder, tensors, adapter_config(journal, self.checkpoint, step))
+        save_adapter(
+            self.folder,
+            tensors,
+            adapter_config(journal, self.checkpoint, step),
+            lambda: write_reference(self.folder, self._reference, loss),
+        )
         apply_adapter(self.model, self.checkpoint, open_adapter(self.folder))

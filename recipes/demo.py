@@ -9,9 +9,9 @@ import csv
 import gzip
 import hashlib
 import importlib.util
+import itertools
 import json
 import math
-import shutil
 import subprocess
 import sys
 import time
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a few steps on little data")
     quick = parser.parse_args().quick
     started = time.monotonic()
-    shutil.rmtree(WORK, ignore_errors=True)
+    keep_previous(WORK)
     REVIEWS.mkdir(parents=True)
     held_out = write_reviews(num_held_out=100 if quick else NUM_HELD_OUT)
     samples = ["--num-samples", "4", "--seq-len", "64"] if quick else []
@@ -50,6 +50,16 @@ def main() -> None:
     exported = qzo("eval", str(EXPORT), "--data", str(held_out))
     show(before, tuned, exported)
     print(f"\n{time.monotonic() - started:.0f} s in all; the tuned checkpoint is in {EXPORT}")
+
+
+def keep_previous(folder: Path) -> None:
+    """Rename the folder of an earlier demo, and say so."""
+    if not folder.exists():
+        return
+    names = (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(1))
+    kept = next(name for name in names if not name.exists())
+    folder.rename(kept)
+    print(f"the previous demo is kept in {kept}", flush=True)
 
 
 def qzo(command: str, *arguments: str) -> dict[str, Any]:

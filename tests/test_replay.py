@@ -14,6 +14,7 @@ from qzo.checkpoint import open_checkpoint
 from qzo.compact_journal import write_compact
 from qzo.coordinates import Coordinates
 from qzo.errors import CheckpointError, ConfigError
+from qzo.files import locked
 from qzo.journal import Journal
 from qzo.journal_lines import direction_settings_of
 from qzo.optimizers import OPTIMIZERS
@@ -120,6 +121,18 @@ def test_a_bare_journal_is_an_adapter(run: Run, tmp_path: Path) -> None:
     written = (tmp_path / "bare" / "adapter_model.safetensors").read_bytes()
     assert written == (run.folder / "adapter_model.safetensors").read_bytes()
     assert qzo.replay(tmp_path / "bare").adapter == "equal"
+
+
+def test_a_run_that_another_process_is_at_work_in_is_not_written_to(
+    run: Run, tmp_path: Path
+) -> None:
+    (tmp_path / "bare").mkdir()
+    shutil.copy(run.journal, tmp_path / "bare")
+    with locked(tmp_path / "bare"):
+        with pytest.raises(CheckpointError, match=r"but another process is at work in it; wait"):
+            qzo.replay(tmp_path / "bare")
+        assert qzo.replay(tmp_path / "bare", out=tmp_path / "out").adapter == "written"
+    assert sorted(path.name for path in (tmp_path / "bare").iterdir()) == ["journal.jsonl"]
 
 
 def test_a_compact_journal_is_an_adapter(each: Run, tmp_path: Path) -> None:

@@ -28,8 +28,10 @@ from support.runs import (
 from transformers import TrainerCallback
 
 import qzo
+from qzo import adapter as adapter_module
 from qzo import snapshots as snapshots_module
 from qzo import trainer as trainer_module
+from qzo.adapter import open_adapter
 from qzo.between_steps import BetweenSteps
 from qzo.errors import CheckpointError, ConfigError, DataError, QZOError
 from qzo.evaluate import evaluate
@@ -676,7 +678,7 @@ def test_the_best_of_other_data_is_not_taken_for_that_of_these(
     assert len(logged(tmp_path / "run")) > len(own)
 
 
-def test_a_snapshot_that_is_ahead_of_the_journal_is_removed(base: Path, tmp_path: Path) -> None:
+def test_a_snapshot_that_is_ahead_of_the_journal_is_set_aside(base: Path, tmp_path: Path) -> None:
     """The disk lost the end of the journal, and not the snapshot."""
     keys: dict[str, Any] = {"lr_scheduler_type": "constant", "save_steps": 2, "max_steps": 4}
     tiny_trainer(base, tmp_path / "run", **keys).train()
@@ -688,10 +690,53 @@ def test_a_snapshot_that_is_ahead_of_the_journal_is_removed(base: Path, tmp_path
     snapshot = tmp_path / "run" / "checkpoint-4"
     (snapshot / "trainer_state.json").write_text("damaged")
 
-    tiny_trainer(base, tmp_path / "run", resume_from_checkpoint=True, **keys).train()
+    again = tiny_trainer(base, tmp_path / "run", resume_from_checkpoint=True, **keys).train()
 
     assert saved(tmp_path / "run")["adapter_model.safetensors"] == want
     assert read_snapshot(snapshot).step == 4
+    aside = tmp_path / "run" / "checkpoint-4.ahead"
+    assert (aside / "trainer_state.json").read_text() == "damaged"
+    assert again.warnings[-1] == (
+        "checkpoint-4.ahead: set aside, because journal.jsonl ended before these snapshots; the "
+        "missing steps were taken again. Delete the folders when nothing in them is needed"
+    )
+
+    path.write_bytes(b"".join(lines[n] for n in kept))  # and once more
+    tiny_trainer(base, tmp_path / "run", resume_from_checkpoint=True, **keys).train()
+    assert (tmp_path / "run" / "checkpoint-4.ahead1").is_dir()
+    assert (aside / "trainer_state.json").read_text() == "damaged"
+
+
+@pytest.mark.parametrize("failing", ["write_safetensors", "write_reference", "write_json"])
+def test_an_adapter_is_never_a_mixture_of_two(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    folder, keys = tmp_path / "run", {"lr_scheduler_type": "constant"}
+    tiny_trainer(base, folder, max_steps=2, **keys).train()
+    before = saved(folder)
+    module = trainer_module if failing == "write_reference" else adapter_module
+
+    def stop(*_: object) -> None:
+        raise StopError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, failing, stop)
+        with pytest.raises(StopError):
+            tiny_trainer(base, folder, max_steps=4, resume_from_checkpoint=True, **keys).train()
+
+    names = ("adapter_config.json", "adapter_model.safetensors", "reference.json")
+    if failing == "write_safetensors":
+        assert all(saved(folder)[name] == before[name] for name in names)
+        return
+    with pytest.raises(
+        CheckpointError, match=r"adapter_config.json: expected this file, not found"
+    ):
+        open_adapter(folder)
+    replayed = qzo.replay(folder)
+    assert (replayed.steps, replayed.adapter) == (4, "written")
+    tiny_trainer(base, tmp_path / "straight", max_steps=4, **keys).train()
+    for name in names[:2]:
+        assert saved(folder)[name] == saved(tmp_path / "straight")[name]
 
 
 def test_a_best_snapshot_that_was_complete_is_put_in_its_place(
