@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -270,6 +271,18 @@ def evaluate(
     task: Annotated[str | None, typer.Option(help=_TASKS)] = None,
     prompt: Annotated[str, typer.Option(help="template, or none of its words.")] = "template",
     data: Annotated[str | None, typer.Option(help="A file, a folder or a hub id.")] = None,
+    text_column: Annotated[
+        str | None, typer.Option(help="Column of the text; as in the recipe of the run if missing.")
+    ] = None,
+    label_column: Annotated[
+        str | None, typer.Option(help="Column of the label, or none; likewise.")
+    ] = None,
+    template: Annotated[
+        str | None, typer.Option(help="Prompt with columns in braces; likewise.")
+    ] = None,
+    label_words: Annotated[
+        str | None, typer.Option(help="Answers such as '{0: ham, 1: spam}'; likewise.")
+    ] = None,
     num_examples: Annotated[int | None, typer.Option(min=1, help="Only the first so many.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples of a forward.")] = 32,
     max_length: Annotated[int, typer.Option(min=2, help="Tokens of an example at most.")] = 512,
@@ -280,7 +293,11 @@ def evaluate(
     as_json: AsJSON = False,
 ) -> None:
     """Evaluate a checkpoint on a task or on your own data."""
-    _check_evaluated(task, data, prompt)
+    keys = {
+        **{"text_column": text_column, "label_column": label_column},
+        **{"template": template, "label_words": label_words},
+    }
+    _check_evaluated(task, data, prompt, keys)
     from qzo.adapter import open_adapter
     from qzo.answer_memory import tokens_at_once
     from qzo.batch_shape import evaluation_shape
@@ -291,10 +308,12 @@ def evaluate(
     from qzo.inference import load_for_inference
     from qzo.model import load_tokenizer, quant_linears
     from qzo.placement import placement
+    from qzo.recipe_file import read_labelling
 
     lower = _lower("--batch-size", batch_size, "--max-length", max_length)
     with stdout_for(as_json) as print_json, hardware_errors(f"{lower}; {_STREAM}"):
         place = placement(device, dtype, memory_limit)
+        labelling = read_labelling(None if adapter is None else Path(adapter), keys)
         opened = open_checkpoint(checkpoint, revision)
         tuned = None if adapter is None else open_adapter(Path(adapter))
         tokenizer = load_tokenizer(opened.folder)
@@ -306,6 +325,7 @@ def evaluate(
             max_length=max_length,
             num_examples=num_examples,
             is_prompted=prompt == "template",
+            labelling=labelling,
         )
         shape = evaluation_shape(examples, batch_size, MAX_NEW_TOKENS)
         model = load_for_inference(opened, place, shape, adapter=tuned)
@@ -428,7 +448,9 @@ def _lower(*flags: str | int) -> str:
     )
 
 
-def _check_evaluated(task: str | None, data: str | None, prompt: str) -> None:
+def _check_evaluated(
+    task: str | None, data: str | None, prompt: str, keys: Mapping[str, str | None]
+) -> None:
     """Refuse arguments of ``eval`` that do not go together.
 
     Raises:
@@ -438,6 +460,12 @@ def _check_evaluated(task: str | None, data: str | None, prompt: str) -> None:
         raise ConfigError("--task: expected a task, or --data with a file, got neither")
     if prompt not in {"template", "none"} or (task is None and prompt == "none"):
         raise ConfigError(f"--prompt: expected template, or none with a --task, got {prompt!r}")
+    given = [f"--{key.replace('_', '-')}" for key, value in keys.items() if value is not None]
+    if task is not None and given:
+        raise ConfigError(
+            f"{given[0]} cannot be combined with --task: a task has its own prompts and answers; "
+            "leave out one of them"
+        )
 
 
 def _check_compact_name(out: Path) -> None:

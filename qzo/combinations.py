@@ -1,6 +1,7 @@
 """What one key of a recipe says of another: combinations that are refused, in words."""
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from qzo.config import Recipe, ZOConfig
@@ -28,6 +29,12 @@ def check_together(values: Recipe) -> None:
         raise ConfigError(
             "prompt: expected a task whose template is left out, got 'none' without a task; "
             "own data has the prompts that it holds"
+        )
+    if values.task is not None and values.labelling.is_given:
+        key, got = next((k, v) for k, v in asdict(values.labelling).items() if v is not None)
+        raise ConfigError(
+            f"{key}: {got!r} cannot be combined with task {values.task!r}: a task has its own "
+            f"prompts and answers; leave out {key}, or the task"
         )
     zo = values.zo
     problem = problem_of(zo.direction, zo.coordinates, zo.direction_settings)

@@ -5,6 +5,7 @@
 """
 
 import math
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -12,6 +13,7 @@ from pydantic_core import PydanticCustomError
 
 from qzo.coordinates import Coordinates
 from qzo.direction_settings import RANK_MAX, RANKS, DirectionSettings, LawName, MaskName
+from qzo.labelled import Labelling, key_of
 from qzo.schedules import learning_rate
 from qzo.workload import EVAL_BATCH_SIZE
 
@@ -31,6 +33,27 @@ Int = Annotated[int, BeforeValidator(_no_truth)]
 Float = Annotated[float, BeforeValidator(_no_truth)]
 Part = Annotated[Float, Field(ge=0, le=1)]
 Count = Annotated[Int, Field(ge=1)]
+
+
+def _words(value: Any) -> Any:
+    """Take the labels of a YAML mapping as text, and refuse words that are none.
+
+    Raises:
+        PydanticCustomError: There are fewer than two words, or one is no text or there twice.
+    """
+    if not isinstance(value, Mapping):
+        return value
+    words = list(value.values())
+    if not all(isinstance(word, str) and word.strip() for word in words):
+        raise PydanticCustomError(
+            "words", "Input should be a word for each label, in quotes as in {0: 'no', 1: 'yes'}"
+        )
+    if len(set(words)) < max(len(words), 2):
+        raise PydanticCustomError("words", "Input should be two or more different words")
+    return {str(key_of(label)): word for label, word in value.items()}
+
+
+LabelWords = Annotated[dict[str, str], BeforeValidator(_words)]
 
 
 class ZOConfig(BaseModel):
@@ -155,6 +178,12 @@ class Recipe(BaseModel):
     task: Literal["sst2", "rte", "boolq", "copa", "squad", "trec", "e2e"] | None = None
     prompt: Literal["template", "none"] = "template"  # none: a task without its template's words
     eval_data: str | None = None
+    # Rows of a text and its label, see qzo/labelled.py: their columns, the prompt with columns in
+    # braces, and the word to answer for each label. label_column: none learns the text alone.
+    text_column: str | None = None
+    label_column: str | None = None
+    template: str | None = None
+    label_words: LabelWords | None = None
     quantize: Literal["nf4", "gptq"] | None = None
     preset: Literal["default", "paper"] = "default"
 
@@ -194,6 +223,11 @@ class Recipe(BaseModel):
     generation_stop: str | None = Field(default="auto", min_length=1)  # see qzo/generation.py
 
     zo: ZOConfig = ZOConfig()
+
+    @property
+    def labelling(self) -> Labelling:
+        """What is said of rows with a text and its label."""
+        return Labelling(self.text_column, self.label_column, self.template, self.label_words)
 
     @property
     def estimator_settings(self) -> dict[str, Any]:

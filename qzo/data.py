@@ -1,10 +1,12 @@
 """The user's own data: records from a file, a folder or the hub, and their tokenised examples.
 
-A record has one of three layouts, told apart by its columns, the first that fits:
+A record has one of these layouts, told apart by its columns, the first that fits:
 
 - ``prompt`` and ``completion``: the completion is learned. With a third column ``candidates``, a
   list of answers that holds the completion, the record is a classification example.
 - ``messages``: a list of ``{role, content}``; the assistant's turns are learned.
+- ``text`` and ``label``: the class is chosen after the text; see ``labelled``, which makes prompts
+  and candidates of such rows.
 - ``text``: all of it is learned.
 
 Completions and texts end with the end-of-text token, so that generation learns to stop.
@@ -54,7 +56,7 @@ def load_records(source: str | Path, split: str | None = None) -> list[Record]:
         return _read_folder(path, split)
     is_hub_id = _HUB_ID.fullmatch(str(source)) and path.suffix.lower() not in READERS
     if is_hub_id and not path.exists():
-        return read_hub(str(source), split=split or "train")
+        return read_hub(str(source), split=split or "train", is_named=True)
     if split is not None and path.exists():
         raise DataError(
             f"{path}: expected a folder or a hub id to take split {split!r} from, got a file; "
@@ -64,7 +66,11 @@ def load_records(source: str | Path, split: str | None = None) -> list[Record]:
 
 
 def encode_records(
-    records: Sequence[Record], tokenizer: Tokenizer, *, max_length: int
+    records: Sequence[Record],
+    tokenizer: Tokenizer,
+    *,
+    max_length: int,
+    numbers: Sequence[int] | None = None,
 ) -> list[EncodedExample]:
     """Encode records of any of the three layouts, in order.
 
@@ -72,19 +78,19 @@ def encode_records(
         records: Rows of one layout, which the first row decides; not modified.
         tokenizer: A transformers tokenizer.
         max_length: The largest number of tokens of a row of an example.
+        numbers: Those of the rows in their file, for messages; counted from 1 unless given.
 
     Returns:
         One example for each record, but for long texts several, and for blank ones none.
 
     Raises:
-        DataError: A column is missing or holds something else; the message names the row,
-            counted from 1.
+        DataError: A column is missing or holds something else; the message names the row.
     """
     if not records:
         raise DataError("data: expected at least one row, got none; is this the right file?")
     encode = _find_layout(records[0])
     examples: list[EncodedExample] = []
-    for row, record in enumerate(records, start=1):
+    for row, record in zip(numbers or range(1, len(records) + 1), records, strict=True):
         try:
             examples += encode(record, tokenizer, max_length)
         except DataError as error:

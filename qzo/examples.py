@@ -9,6 +9,7 @@ from typing import Any, Literal
 from qzo.data import encode_records, hold_out, is_file, load_records
 from qzo.encoding import EncodedExample, Tokenizer, last_turn
 from qzo.errors import DataError
+from qzo.labelled import OPEN, Labelling, found_labelling, labelled_prompts, unlabelled
 from qzo.tasks import examples_from_file, load_task
 from qzo.tasks.source import Example
 from qzo.tasks.task import Task, encode_task_example
@@ -41,12 +42,14 @@ class ExampleSet:
         task: For tasks: what scores an output.
         questions: One per example, for tasks and records but those with ``text``; of a conversation
             it is the assistant's last turn.
+        labelling: How rows of text and label were read, if they are such.
     """
 
     examples: Sequence[EncodedExample]
     loss: LossName
     task: Task | None = None
     questions: Sequence[Question] = ()
+    labelling: Labelling | None = None
 
     @property
     def is_generation(self) -> bool:
@@ -78,13 +81,31 @@ def from_encoded(examples: Sequence[EncodedExample]) -> ExampleSet:
 
 
 def from_records(
-    records: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, *, max_length: int
+    records: Sequence[Mapping[str, Any]],
+    tokenizer: Tokenizer,
+    *,
+    max_length: int,
+    labelling: Labelling = OPEN,
+    numbers: Sequence[int] | None = None,
 ) -> ExampleSet:
-    """Encode the user's own records; see ``from_encoded``."""
-    examples = encode_records(
-        [dict(record) for record in records], tokenizer, max_length=max_length
-    )
-    return replace(from_encoded(examples), questions=_questions_of(records, tokenizer))
+    """Encode the user's own records; see ``from_encoded``.
+
+    Args:
+        records: Rows of one layout.
+        tokenizer: A transformers tokenizer.
+        max_length: Tokens of a row at most.
+        labelling: What is said of rows with a text and its label.
+        numbers: Those of the rows in their file, for messages.
+    """
+    rows, numbers = [dict(record) for record in records], numbers or range(1, len(records) + 1)
+    found = found_labelling(rows, labelling) if rows else None
+    if found is not None:
+        rows = labelled_prompts(rows, found, numbers)
+    elif labelling.text_column is not None:
+        rows = [{"text": row.get(labelling.text_column)} for row in rows]
+    examples = encode_records(rows, tokenizer, max_length=max_length, numbers=numbers)
+    questions = _questions_of(rows, tokenizer)
+    return replace(from_encoded(examples), questions=questions, labelling=found)
 
 
 def _questions_of(records: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> list[Question]:
@@ -126,6 +147,7 @@ def read_set(
     max_length: int,
     num_examples: int | None = None,
     is_prompted: bool = True,
+    labelling: Labelling = OPEN,
 ) -> ExampleSet:
     """Read one split of a task, or of the user's data.
 
@@ -137,6 +159,7 @@ def read_set(
         max_length: Tokens of a row at most.
         num_examples: Only so many, the first.
         is_prompted: Whether the prompts of a task have the words of its template.
+        labelling: What is said of rows with a text and its label.
 
     Raises:
         DataError: The source is missing, empty or malformed.
@@ -149,19 +172,38 @@ def read_set(
     if data is None:
         raise DataError("data: expected a file, a folder or a hub id, or a task")
     records = load_records(data, None if is_file(data) else split)
-    return from_records(records[:num_examples], tokenizer, max_length=max_length)
+    return from_records(
+        records[:num_examples],
+        tokenizer,
+        max_length=max_length,
+        labelling=found_labelling(records, labelling) or unlabelled(labelling),
+    )
 
 
 def split_records(
-    data: str, tokenizer: Tokenizer, *, max_length: int, num_eval: int, seed: int
+    data: str,
+    tokenizer: Tokenizer,
+    *,
+    max_length: int,
+    num_eval: int,
+    seed: int,
+    labelling: Labelling = OPEN,
 ) -> tuple[ExampleSet, ExampleSet | None]:
     """Read the user's records and hold some out for evaluation: at most a tenth of them."""
     records = load_records(data)
+    labelling = found_labelling(records, labelling) or unlabelled(labelling)
     num_eval = min(num_eval, len(records) // 10)
-    if num_eval == 0:
-        return from_records(records, tokenizer, max_length=max_length), None
-    train, held_out = hold_out(records, num_eval=num_eval, seed=seed)
-    return (
-        from_records(train, tokenizer, max_length=max_length),
-        from_records(held_out, tokenizer, max_length=max_length),
-    )
+    places, held_out = list(range(len(records))), list[int]()
+    if num_eval > 0:
+        places, held_out = hold_out(places, num_eval=num_eval, seed=seed)
+
+    def encoded(places: Sequence[int]) -> ExampleSet:
+        return from_records(
+            [records[place] for place in places],
+            tokenizer,
+            max_length=max_length,
+            labelling=labelling,
+            numbers=[place + 1 for place in places],
+        )
+
+    return encoded(places), encoded(held_out) if held_out else None

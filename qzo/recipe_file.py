@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from qzo.config import Recipe, ZOConfig
 from qzo.defaults import with_defaults
 from qzo.direction_settings import basis_steps_of
 from qzo.errors import ConfigError
+from qzo.labelled import Labelling
 
 _BYTES_MAX = 2**20
 _OTHER_NAMES = {
@@ -85,6 +87,31 @@ def recipe(values: Mapping[str, Any]) -> Recipe:
         raise ConfigError(_first_problem(error)) from error
     check_together(result)
     return _with_basis_steps(result)
+
+
+def read_labelling(run: Path | None, given: Mapping[str, str | None]) -> Labelling:
+    """Return how rows of text and label are read: as in a run, but for what is given.
+
+    Args:
+        run: A run folder, or None; one without a recipe says nothing.
+        given: Values of the keys, by name; words as YAML.
+
+    Raises:
+        ConfigError: A value cannot be used.
+    """
+    names = [field.name for field in fields(Labelling)]
+    path = None if run is None else run / "recipe.yaml"
+    values = {} if path is None or not path.is_file() else read_keys(path)
+    values = {name: values[name] for name in names if name in values}
+    for name, text in given.items():
+        if text is not None and name == "label_words":
+            _set(values, f"{name}={text}")
+        elif text is not None:
+            values[name] = text
+    try:
+        return Recipe(model="", output_dir="", **values).labelling
+    except ValidationError as error:
+        raise ConfigError(_first_problem(error)) from error
 
 
 def _with_basis_steps(values: Recipe) -> Recipe:

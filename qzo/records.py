@@ -49,7 +49,9 @@ def read_records(path: Path, *, is_quoted: bool = True) -> list[Record]:
     return records
 
 
-def read_hub(hub_id: str, *, config: str | None = None, split: str) -> list[Record]:
+def read_hub(
+    hub_id: str, *, config: str | None = None, split: str, is_named: bool = False
+) -> list[Record]:
     """Download one split of a data set from the Hugging Face hub, or take it from the cache.
 
     Code that comes with a data set is never run.
@@ -58,6 +60,7 @@ def read_hub(hub_id: str, *, config: str | None = None, split: str) -> list[Reco
         hub_id: The name on the hub, ``owner/name``.
         config: Which subset, for a data set that has several.
         split: Which split, as the data set names it.
+        is_named: Whether classes are given by their names, where the data set has names for them.
 
     Raises:
         DataError: The hub cannot be reached, or has no such data set, subset or split.
@@ -72,7 +75,22 @@ def read_hub(hub_id: str, *, config: str | None = None, split: str) -> list[Reco
             f"{hub_id}: expected a local path, or a data set on the hub with a split {split!r}, "
             f"got {reason!r}; check the name and the connection"
         ) from error
-    return [dict(row) for row in rows]
+    if is_named:
+        rows = _with_names(rows)
+    records: list[Record] = rows.to_list()
+    return records
+
+
+def _with_names(rows: Any) -> Any:
+    """Put the names of classes in the place of their numbers; -1, an unknown class, is None."""
+    import datasets
+
+    for column, feature in dict(rows.features).items():
+        if isinstance(feature, datasets.ClassLabel) and feature.names:
+            names = dict(enumerate(feature.names))
+            values = [names.get(number) for number in rows[column]]
+            rows = rows.remove_columns(column).add_column(column, values)
+    return rows
 
 
 def read_text(path: Path, *, fallback: str | None = None) -> str:

@@ -213,6 +213,7 @@ def data_sets(recipe: Recipe, tokenizer: Any) -> tuple[ExampleSet, ExampleSet | 
             max_length=recipe.max_length,
             num_eval=recipe.num_eval_examples,
             seed=recipe.data_seed,
+            labelling=recipe.labelling,
         )
         return train_set.first(recipe.num_train_examples), eval_set
     train_set = read_set(
@@ -221,6 +222,7 @@ def data_sets(recipe: Recipe, tokenizer: Any) -> tuple[ExampleSet, ExampleSet | 
         split="train",
         is_prompted=recipe.prompt == "template",
         num_examples=recipe.num_train_examples,
+        labelling=recipe.labelling,
         **common,
     )
     if recipe.num_eval_examples == 0:
@@ -236,6 +238,7 @@ def data_sets(recipe: Recipe, tokenizer: Any) -> tuple[ExampleSet, ExampleSet | 
         split="validation",
         is_prompted=recipe.prompt == "template",
         num_examples=recipe.num_eval_examples,
+        labelling=train_set.labelling or recipe.labelling,
         **common,
     )
     return train_set, eval_set

@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,9 @@ class Trainer:
         self._ahead: list[str] = []  # snapshots of steps that the journal lost
         self._exact: ExactPart | None = None  # known once the journal was looked for
         self.train_set = train_set = self._example_set(train_dataset, "train_dataset")
+        if train_set.labelling is not None:  # nothing of it is left open in recipe.yaml
+            config = config.model_copy(update=asdict(train_set.labelling))
+            self.config = config
         self.eval_set = (
             None if eval_dataset is None else self._example_set(eval_dataset, "eval_dataset")
         )
@@ -298,7 +302,10 @@ class Trainer:
             return from_encoded(rows)
         if self.tokenizer is None:
             self.tokenizer = tokenizer_of(self.model)
-        return from_records(rows, self.tokenizer, max_length=self.config.max_length)
+        config = self.config
+        return from_records(
+            rows, self.tokenizer, max_length=config.max_length, labelling=config.labelling
+        )
 
     def _header(self) -> dict[str, Any]:
         if self._ranks.size > 1:  # they have it before any of them knows whether a run goes on

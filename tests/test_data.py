@@ -129,7 +129,8 @@ def test_load_records_takes_what_is_no_hub_id_for_a_path(name: str) -> None:
 
 
 def test_load_records_takes_other_names_for_a_hub_id(monkeypatch: pytest.MonkeyPatch) -> None:
-    def read_hub(hub_id: str, *, split: str) -> list[dict[str, Any]]:
+    def read_hub(hub_id: str, *, split: str, is_named: bool) -> list[dict[str, Any]]:
+        assert is_named
         return [{"text": f"{hub_id} {split}"}]
 
     monkeypatch.setattr(data, "read_hub", read_hub)
