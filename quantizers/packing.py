@@ -56,15 +56,15 @@ def _unpack_runs(
         out[:, element] = values.bitwise_and_(mask)
 
 
-_FUSED_UNPACK = {  # codes of 2 and 4 bits: rows of codes, then an fp16 scale and an fp16 bias
-    2: torch.ops.quantized.embedding_bag_2bit_unpack,
-    4: torch.ops.quantized.embedding_bag_4bit_unpack,
-}
-
-
 def has_fused_unpack(bits: int, device: torch.device) -> bool:
-    """Return whether ``unpack_affine`` can be used."""
-    return bits in _FUSED_UNPACK and device.type == "cpu"
+    """Return whether ``unpack_affine`` can be used; torch may lack its operator one day."""
+    is_known = bits in {2, 4} and device.type == "cpu"
+    return is_known and hasattr(torch.ops.quantized, _fused_unpack_name(bits))
+
+
+def _fused_unpack_name(bits: int) -> str:
+    """Return torch's operator for rows of codes that end in an fp16 scale and an fp16 bias."""
+    return f"embedding_bag_{bits}bit_unpack"
 
 
 def unpack_affine(
@@ -94,7 +94,7 @@ def unpack_affine(
     for place, values in enumerate((scales, biases)):
         ends[..., place] = values.T if isinstance(values, Tensor) else values
     flat = rows.view(torch.uint8).view(columns * groups, -1)
-    result: Tensor = _FUSED_UNPACK[bits](flat)
+    result: Tensor = getattr(torch.ops.quantized, _fused_unpack_name(bits))(flat)
     return result.view(columns, -1)
 
 

@@ -1,3 +1,5 @@
+import runpy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from support.gptq_files import (
 )
 from torch import Tensor
 
-from quantizers import gptq
+from quantizers import gptq, packing
 from quantizers.errors import FormatError
 from quantizers.weight import QuantizedWeight, dequantize
 
@@ -75,6 +77,21 @@ def test_every_bits_version_and_symmetry_is_covered() -> None:
 @every_variant
 def test_dequantize_equals_a_reader_that_works_bit_by_bit(variant: GPTQVariant) -> None:
     tensors = random_layer(IN, OUT, variant)
+    assert torch.equal(dequantize(unpack(tensors, variant)), read_layer(tensors, variant))
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_a_torch_without_its_retired_quantization_reads_the_same(
+    monkeypatch: pytest.MonkeyPatch, bits: int
+) -> None:
+    variant = GPTQVariant(bits=bits, sym=False)
+    tensors = random_layer(IN, OUT, variant)
+    assert packing.has_fused_unpack(bits, torch.device("cpu"))
+    monkeypatch.setattr(torch.ops, "quantized", SimpleNamespace())
+
+    runpy.run_path(packing.__file__)  # importing it looks nothing up
+
+    assert not packing.has_fused_unpack(bits, torch.device("cpu"))
     assert torch.equal(dequantize(unpack(tensors, variant)), read_layer(tensors, variant))
 
 
