@@ -11,8 +11,6 @@ Not yet timed on a GPU.
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
-from importlib.util import find_spec
 from itertools import pairwise
 
 import torch
@@ -22,9 +20,9 @@ from torch import Tensor
 from quantizers.gptq import GPTQWeight
 from quantizers.nf4 import NF4Weight
 from quantizers.weight import QuantizedWeight
+from qzo.kernel_settings import has_triton
 
 _BNB_BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-_TRITON_CAPABILITY = (7, 5)
 _BF16_CAPABILITY = (8, 0)
 
 
@@ -99,12 +97,10 @@ def _fits_bitsandbytes(weight: NF4Weight) -> bool:
     return weight.quant_type is not None and weight.blocksize in _BNB_BLOCKSIZES
 
 
-@lru_cache
 def _has_triton(device: torch.device, dtype: torch.dtype) -> bool:
-    """Return whether Triton is installed and knows the device."""
-    if find_spec("triton") is None:
+    """Return whether Triton is installed and knows the device and the dtype."""
+    if not has_triton(device):
         return False
-    if device.type != "cuda":
-        return True  # its interpreter runs on the CPU
-    least = _BF16_CAPABILITY if dtype == torch.bfloat16 else _TRITON_CAPABILITY
-    return torch.cuda.get_device_capability(device) >= least
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        return True
+    return torch.cuda.get_device_capability(device) >= _BF16_CAPABILITY

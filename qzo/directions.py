@@ -21,6 +21,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from qzo.kernel_settings import has_triton
+
 DirectionName = Literal["rademacher", "gaussian"]
 
 GENERATOR = "philox4x32-10/v1"  # goes into the journal: other numbers need another name
@@ -81,11 +83,36 @@ def directions(
         device: Where the numbers are made.
         stream: Which of the 2**32 independent directions of a seed.
     """
+    if draws_by_kernel(torch.device(device)):
+        z = torch.empty(len(seeds), stop - start, device=device)
+        add_by_kernel(name, [[(seed, 1.0)] for seed in seeds], z, start, stream=stream)
+        return z
     per_counter = _VALUES_PER_COUNTER[name]
     first = start // per_counter
     words = _words(seeds, first, -(-stop // per_counter), device, stream)
     values = _signs(words) if name == "rademacher" else _normals(words)
     return values.view(len(seeds), -1)[:, start - first * per_counter : stop - first * per_counter]
+
+
+def draws_by_kernel(device: torch.device) -> bool:
+    """Return whether a Triton kernel draws the same bits on a device."""
+    return device.type == "cuda" and has_triton(device)
+
+
+def add_by_kernel(
+    name: DirectionName,
+    terms: Sequence[Sequence[tuple[int, float]]],
+    out: Float[Tensor, "rows length"],
+    start: int,
+    *,
+    base: Float[Tensor, " length"] | None = None,
+    stream: int = 0,
+) -> None:
+    """Fill each row with ``base + sum_i weights[i] z(seeds[i])``; see ``triton_directions``."""
+    from qzo.triton_directions import add_directions  # here only: not every platform has Triton
+
+    quantiles = _quantiles_on(out.device) if name == "gaussian" else None
+    add_directions(out, base, terms, start, quantiles=quantiles, stream=stream)
 
 
 def uniform16(
@@ -107,12 +134,12 @@ def _signs(words: Int[Tensor, "seeds counters 4"]) -> Float[Tensor, "seeds count
     """Turn every bit into a sign, eight at a time."""
     shifts = torch.arange(0, 32, 8, device=words.device)
     octets = (words[..., None] >> shifts) & 0xFF
-    return _sign_table().to(words.device)[octets].flatten(-2)
+    return _sign_table_on(words.device)[octets].flatten(-2)
 
 
 def _normals(words: Int[Tensor, "seeds counters 4"]) -> Float[Tensor, "seeds counters 4 2"]:
     """Turn every 16 bits into a quantile of N(0, 1)."""
-    return _quantiles().to(words.device)[_halves(words)]
+    return _quantiles_on(words.device)[_halves(words)]
 
 
 def _halves(words: Int[Tensor, "seeds counters 4"]) -> Int[Tensor, "seeds counters 4 2"]:
@@ -124,6 +151,11 @@ def _sign_table() -> Float[Tensor, "256 8"]:
     with torch.inference_mode(False):
         bits = (torch.arange(256)[:, None] >> torch.arange(8)) & 1
         return (bits * 2 - 1).to(torch.float32)
+
+
+@cache
+def _sign_table_on(device: torch.device) -> Float[Tensor, "256 8"]:
+    return _sign_table().to(device)
 
 
 def _words(
@@ -146,6 +178,11 @@ def _quantiles() -> Float[Tensor, " 65536"]:
     with torch.inference_mode(False):
         upper = torch.tensor([value * scale for value in positive], dtype=torch.float32)
         return torch.cat((-upper.flip(0), upper))
+
+
+@cache
+def _quantiles_on(device: torch.device) -> Float[Tensor, " 65536"]:
+    return _quantiles().to(device)
 
 
 def combine(

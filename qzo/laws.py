@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from qzo.direction_settings import DirectionSettings, LawName
-from qzo.directions import directions
+from qzo.directions import DirectionName, directions
 from qzo.errors import ConfigError
 from qzo.masks import chosen_units, magnitude_mask, random_mask
 from qzo.probes import DirectionalDerivative, Probe
@@ -109,6 +109,14 @@ class Law:
         for basis, rows in places.items():
             z[rows] = self._draw([seeds[row] for row in rows], basis, start, stop, device)
         return z
+
+    @property
+    def by_element(self) -> DirectionName | None:
+        """The law of every element, where it depends on nothing but the seed and the place."""
+        is_masked = self.settings.sparsity is not None or self.settings.blocks_per_step is not None
+        if not is_masked and (self.direction == "rademacher" or self.direction == "gaussian"):
+            return self.direction
+        return None
 
     @property
     def _uses_basis(self) -> bool:

@@ -33,7 +33,8 @@ from qzo.sums import norm
 from qzo.tensor_files import tensor_bytes
 
 # Elements of a direction, and of a shifted vector per probe, that exist at one time; more where one
-# layer has more. Small parts would cost more in calls than in numbers.
+# layer has more. Windows are made of whole layers, so that nothing is drawn twice in a forward.
+# Small parts would cost more in calls than in numbers.
 WINDOW = 2**18
 
 PLAIN = DirectionSettings()
@@ -81,6 +82,8 @@ class Scales:
         law = Law(direction, direction_settings, self._parts(), file_scales)
         self.directions = ShapedDirections(law, self.values.device)
         self.directions.factors = self._section_factors()
+        count = len(self.names)
+        self._window_of = _windows_of(self._bounds[: count + 1]) + _windows_of(self._bounds[count:])
         # One of the layers and one of the sections: a forward pass goes through both side by side.
         self._windows: dict[bool, tuple[Sequence[Probe], int, int, Tensor]] = {}
         self.reset()
@@ -316,27 +319,21 @@ class Scales:
         kind = layer >= len(self.names)
         window = self._windows.get(kind)
         if window is None or not (window[0] == probes and window[1] <= start < stop <= window[2]):
-            first = start // WINDOW * WINDOW  # the same windows whatever the order of the layers
-            last = min(max(first + WINDOW, stop), len(self))
-            window = (probes, first, last, self._shift(probes, first, last))
+            first, last = self._window_of[layer]
+            shifted = self.directions.shifted(self.values[first:last], probes, first, last)
+            window = (probes, first, last, shifted)
             self._windows[kind] = window
         _, offset, _, shifted = window
         return shifted[:, start - offset : stop - offset]
 
-    def _shift(
-        self, probes: Sequence[Probe], start: int, stop: int
-    ) -> Float[Tensor, "probes length"]:
-        master = self.values[start:stop]
-        moved = list({(p.seed, p.basis): p for p in probes if p.offset}.values())
-        if not moved:
-            return master.expand(len(probes), -1)
-        z = self.directions.draw(moved, start, stop)
-        place = {(probe.seed, probe.basis): row for row, probe in enumerate(moved)}
-        shifted = master.repeat(len(probes), 1)
-        for row, probe in zip(shifted, probes, strict=True):
-            if probe.offset:
-                row.add_(z[place[probe.seed, probe.basis]] * probe.offset)
-        return shifted
+
+def _windows_of(bounds: Sequence[int]) -> list[tuple[int, int]]:
+    """Return the window of each layer: as many whole layers as ``WINDOW`` holds, or just one."""
+    starts: list[int] = []
+    for first, stop in pairwise(bounds):
+        starts.append(starts[-1] if starts and stop - starts[-1] <= WINDOW else first)
+    ends = dict(zip(starts, bounds[1:], strict=True))  # of a window: that of its last layer
+    return [(start, ends[start]) for start in starts]
 
 
 def _check_factors(names: Sequence[str], crossing: Sequence[bool], coordinates: str) -> None:

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qzo.directions import combine
+from qzo.directions import DirectionName, add_by_kernel, combine, draws_by_kernel
 from qzo.laws import Law
 from qzo.probes import DirectionalDerivative, Probe
 
@@ -79,12 +79,61 @@ class ShapedDirections:
             z = z * self.tilt.across + self.tilt.axis[start:stop] * self.tilt.along
         return self._with_rest(z, start, stop)
 
+    def shifted(
+        self, values: Float[Tensor, " length"], probes: Sequence[Probe], start: int, stop: int
+    ) -> Float[Tensor, "probes length"]:
+        """Return ``v + offset z`` of a window for every probe.
+
+        Args:
+            values: The window of ``v``; not modified.
+            probes: Offsets and seeds.
+            start: Of the window.
+            stop: Behind its end.
+        """
+        moved = list({(p.seed, p.basis): p for p in probes if p.offset}.values())
+        if not moved:
+            return values.expand(len(probes), -1)
+        law = self._drawn_by_kernel(start, stop)
+        if law is not None and not self._is_stretched(start, stop):
+            result = values.new_empty(len(probes), len(values))
+            add_by_kernel(law, [[(p.seed, p.offset)] for p in probes], result, start, base=values)
+            return result
+        z = self.draw(moved, start, stop)
+        place = {(probe.seed, probe.basis): row for row, probe in enumerate(moved)}
+        result = values.repeat(len(probes), 1)
+        for row, probe in zip(result, probes, strict=True):
+            if probe.offset:
+                row.add_(z[place[probe.seed, probe.basis]] * probe.offset)
+        return result
+
+    def _drawn_by_kernel(self, start: int, stop: int) -> DirectionName | None:
+        """Return the law of a window that a kernel can draw and add up, if it is one."""
+        is_plain = self.tilt is None and not any(
+            first < stop and start < last for first, last in self.still
+        )
+        return self.law.by_element if is_plain and draws_by_kernel(self._device) else None
+
+    def _is_stretched(self, start: int, stop: int) -> bool:
+        """Return whether the directions of a window are multiplied by something."""
+        return (
+            self.stretch is not None
+            or self.optimizer_stretch is not None
+            or any(f != 1 and first < stop and start < last for first, last, f in self.factors)
+        )
+
     def mean_slope(
         self, derivatives: Sequence[DirectionalDerivative], start: int, stop: int
     ) -> Float[Tensor, " length"]:
         """Return elements of the gradient estimate ``mean_i d_i z_i`` (QZO, eq. 4)."""
         weights = [derivative.value / len(derivatives) for derivative in derivatives]
-        slope = combine(self.unstretched(derivatives, start, stop), weights)
+        law = self._drawn_by_kernel(start, stop)
+        if law is None:
+            slope = combine(self.unstretched(derivatives, start, stop), weights)
+        else:
+            sums = torch.empty(1, stop - start, device=self._device)
+            terms = zip((derivative.seed for derivative in derivatives), weights, strict=True)
+            add_by_kernel(law, [list(terms)], sums, start)
+            slope = sums[0]
         slope = self.shaped_step(slope, start, stop)
         factor = self.optimizer_stretch
         return slope if factor is None else slope * factor[start:stop]

@@ -20,6 +20,7 @@ from quantizers.gptq import GPTQWeight
 from quantizers.nf4 import NF4Weight
 from quantizers.weight import QuantizedWeight, dequantize
 from qzo.cuda_product import cuda_product
+from qzo.kernel_settings import has_triton
 from qzo.linear import EffectiveScales, Live, Multipliers, ProbeScales, QuantLinear
 
 IN, OUT = 96, 160
@@ -153,16 +154,10 @@ def test_float64_has_no_kernel() -> None:
 
 
 def test_gptq_has_no_kernel_where_triton_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qzo.cuda_product.find_spec", lambda name: None)
-    monkeypatch.setattr("qzo.cuda_product._has_triton", _uncached_has_triton())
+    monkeypatch.setattr("qzo.kernel_settings.find_spec", lambda name: None)
+    monkeypatch.setattr("qzo.cuda_product.has_triton", has_triton.__wrapped__)
     weight = gptq_layer()
     assert cuda_product(weight, normal(2, IN), (0, 2), [weight.scales.float()]) is None
-
-
-def _uncached_has_triton() -> Any:
-    from qzo import cuda_product as module
-
-    return module._has_triton.__wrapped__
 
 
 def on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -145,6 +145,28 @@ def test_effective_scales_do_not_depend_on_the_order_of_the_layers(
 
 
 @pytest.mark.parametrize("coordinates", COORDINATES)
+@pytest.mark.parametrize("window", [1, 12, 20, 2**18])
+def test_a_forward_draws_every_element_once(
+    coordinates: Coordinates, window: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "WINDOW", window)
+    scales, drawn = scales_of(coordinates), []
+    original = scales.directions.shifted
+
+    def shifted(values: torch.Tensor, probes: list[Probe], start: int, stop: int) -> torch.Tensor:
+        drawn.append((start, stop))
+        return original(values, probes, start, stop)
+
+    monkeypatch.setattr(scales.directions, "shifted", shifted)
+    for layer in range(3):
+        scales.effective(layer, PROBES)
+
+    assert [place for start, stop in drawn for place in range(start, stop)] == [*range(len(scales))]
+    sizes = [stop - start for start, stop in scales.parts(range(3))]
+    assert all(stop - start <= max(window, *sizes) for start, stop in drawn)
+
+
+@pytest.mark.parametrize("coordinates", COORDINATES)
 def test_effective_scales_follow_the_probes_and_the_master(coordinates: Coordinates) -> None:
     scales = scales_of(coordinates)
 
