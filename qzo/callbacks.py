@@ -14,6 +14,7 @@ from transformers.integrations.integration_utils import get_reporting_integratio
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 
 from qzo.config import Recipe
+from qzo.current_device import on_device
 from qzo.errors import ConfigError
 
 
@@ -32,18 +33,8 @@ class Events:
     def __init__(
         self, recipe: Recipe, model: PreTrainedModel, callbacks: Sequence[TrainerCallback]
     ) -> None:
-        self._arguments = TrainingArguments(
-            output_dir=recipe.output_dir,
-            max_steps=recipe.max_steps,
-            learning_rate=recipe.learning_rate,
-            per_device_train_batch_size=recipe.per_device_train_batch_size,
-            gradient_accumulation_steps=recipe.gradient_accumulation_steps,
-            seed=recipe.seed,
-            logging_strategy="no",
-            save_strategy="no",
-            report_to="none",
-            use_cpu=model.device.type == "cpu",
-        )
+        with on_device(model.device):  # the arguments make cuda:0 the current device
+            self._arguments = _arguments(recipe, use_cpu=model.device.type == "cpu")
         try:
             reporting = [make() for make in get_reporting_integration_callbacks(recipe.report_to)]
         except (ValueError, RuntimeError) as error:
@@ -63,3 +54,18 @@ class Events:
     def wants_stop(self) -> bool:
         """A callback asked for the end of training."""
         return bool(self._control.should_training_stop)
+
+
+def _arguments(recipe: Recipe, *, use_cpu: bool) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=recipe.output_dir,
+        max_steps=recipe.max_steps,
+        learning_rate=recipe.learning_rate,
+        per_device_train_batch_size=recipe.per_device_train_batch_size,
+        gradient_accumulation_steps=recipe.gradient_accumulation_steps,
+        seed=recipe.seed,
+        logging_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        use_cpu=use_cpu,
+    )

@@ -18,6 +18,7 @@ from quantizers.errors import FormatError
 from quantizers.weight import QuantizedWeight
 from qzo.attention import PackedRows
 from qzo.by_probe import multiplied, multiply
+from qzo.current_device import on_device
 from qzo.errors import CheckpointError
 from qzo.exact import ScaledProduct, frozen_product, is_differentiated
 from qzo.sections import Section
@@ -291,7 +292,8 @@ class QuantLinear(nn.Module):
         bounds: Sequence[int],
     ) -> Float[Tensor, "tokens out"]:
         if x.is_cuda:
-            y = self._kernel_product(x, effective, bounds)
+            with on_device(x.device):
+                y = self._kernel_product(x, effective, bounds)
             if y is not None:
                 return y
         y = x.new_empty(len(x), self.out_features)

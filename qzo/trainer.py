@@ -29,6 +29,7 @@ from qzo.base import BASE_NAME
 from qzo.between_steps import BetweenSteps
 from qzo.callbacks import Events
 from qzo.config import Recipe
+from qzo.current_device import on_device
 from qzo.encoding import EncodedExample
 from qzo.errors import ConfigError, DataError
 from qzo.estimators import make_estimator
@@ -144,8 +145,9 @@ class Trainer:
         """
         self._ranks.begin()
         lock = locked(self.folder) if self._ranks.is_first else nullcontext()
+        stops = stop_signals(lambda: self._ranks.ask(Wish.STOP))
         try:
-            with lock, stop_signals(lambda: self._ranks.ask(Wish.STOP)):
+            with lock, stops, on_device(self.model.device):
                 return self._train()
         finally:
             self._live.master = None
