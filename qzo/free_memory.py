@@ -5,6 +5,13 @@ from pathlib import Path
 import torch
 
 
+def _available_cuda_bytes(device: torch.device) -> int:
+    """Return what is free, or what is left of the share that this process was limited to."""
+    free, total = torch.cuda.mem_get_info(device)
+    share = torch.cuda.get_per_process_memory_fraction(device)
+    return min(free, int(share * total) - torch.cuda.memory_reserved(device))
+
+
 def available_bytes(device: torch.device) -> int | None:
     """Return the memory that is free on a device, or None where the system does not tell.
 
@@ -12,7 +19,7 @@ def available_bytes(device: torch.device) -> int | None:
     container counts where it is smaller.
     """
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        return _available_cuda_bytes(device)
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     except OSError:

@@ -20,6 +20,8 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from quantizers import gptq, nf4
+from quantizers.weight import QuantizedWeight
 from qzo.errors import CheckpointError, ConfigError
 from qzo.files import new_folder, read_json, write_json
 from qzo.published import SHAPES
@@ -190,6 +192,33 @@ def _tensors(skeleton: PreTrainedModel, what: Synthetic) -> Iterator[tuple[str, 
         draw = _gptq_layer if what.format == "gptq" else _nf4_layer
         for role, tensor in draw(coded[layer], what.settings.group_size or 1, std, stream):
             yield f"{layer}.{role}", tensor
+
+
+def random_weight(
+    format_name: str, out_features: int, in_features: int, *, group_size: int = 64, seed: int = 0
+) -> QuantizedWeight:
+    """Draw one layer of random codes, as those of a synthetic checkpoint.
+
+    Args:
+        format_name: ``gptq`` or ``nf4``.
+        out_features: Rows of the matrix.
+        in_features: Its columns.
+        group_size: Inputs that share a scale.
+        seed: Of codes and scales.
+    """
+    shape = LinearShape("layer", out_features, in_features)
+    draw = _gptq_layer if format_name == "gptq" else _nf4_layer
+    stream = np.random.Philox(key=[seed, 0])
+    drawn = dict(draw(shape, group_size, in_features**-0.5, stream))
+    settings = QuantizeSettings(format=format_name, group_size=group_size)
+    if format_name == "gptq":
+        return gptq.unpack(drawn, gptq.spec(gptq_config(settings)), shape.name)
+    spec = nf4.spec(bitsandbytes_config(settings, torch.float16, []))
+    names = {
+        role: name.removeprefix("layer.") for role, name in nf4.tensor_names("layer", spec).items()
+    }
+    tensors = {role: drawn[name] for role, name in names.items() if name in drawn}
+    return nf4.unpack(tensors, spec, shape.name)
 
 
 def _float_tensor(

@@ -337,6 +337,54 @@ def test_bench_step_prints_tables(qzo: Run, base: Path) -> None:
     assert "rows of mixed length / equal rows" in ran.out
 
 
+KERNELS = ("bench", "kernels", "--device", "cpu", "--dtype", "float32", "--repeats", "1")
+
+
+def test_bench_kernels_computes_every_contender_right(qzo: Run) -> None:
+    ours = "probes,plain,scales,nf4,bitsandbytes"
+    sizes = ("--shapes", "96x128", "--tokens", "7,64", "--group-size", "64", "--probes", "3")
+    ran = qzo(*KERNELS, *sizes, "--contenders", ours, "--json")
+
+    assert ran.code == 0, ran.err
+    assert list(ran.value["shapes"]) == ["96x128"]
+    for entries in ran.value["shapes"]["96x128"].values():
+        assert list(entries) == ["dense", *ours.split(",")]
+        for name, entry in entries.items():
+            assert entry.get("failed") is None
+            assert entry["vs_dense"] == entries["dense"]["seconds"] / entry["seconds"]
+            assert entry["lowest"] <= entry["seconds"] <= entry["highest"]
+            # float32 sums in another order; bitsandbytes quantizes to 4 bits anew
+            assert entry["error"] < (0.2 if name == "bitsandbytes" else 1e-5)
+
+
+def test_bench_kernels_shows_why_a_contender_cannot_run(qzo: Run) -> None:
+    sizes = ("--shapes", "96x128", "--tokens", "16", "--group-size", "64")
+    ran = qzo(*KERNELS, *sizes, "--contenders", "plain,humming")
+
+    assert ran.code == 0, ran.err
+    assert "plain" in ran.out
+    assert "humming: humming is not installed" in ran.out
+
+
+@pytest.mark.parametrize("text", ["", "96", "96x128x4"])
+def test_shapes_of_layers_are_two_numbers_each(qzo: Run, text: str) -> None:
+    ran = qzo(*KERNELS, "--shapes", text)
+
+    want = f"qzo: --shapes: expected outputs x inputs, such as 4096x4096, got {text!r}\n"
+    assert (ran.code, ran.err) == (1, want)
+
+
+def test_unknown_contenders_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^against: expected some of dense, .*, got 'sgd'$"):
+        StepSettings(against=("sgd",))
+
+
+def test_only_cuda_memory_is_capped(base: Path) -> None:
+    message = r"^--memory-cap cannot be combined with --device cpu: .*; use --memory-limit$"
+    with pytest.raises(ConfigError, match=message):
+        run_apart(RunSettings(str(base), memory_cap="24GiB"))
+
+
 @pytest.mark.parametrize("text", ["", "8,", "a", "0", "8,-1"])
 def test_bad_lists_of_numbers_are_refused(qzo: Run, text: str) -> None:
     ran = qzo("bench", "step", "--tokens", text)

@@ -44,7 +44,7 @@ def dense_model(
     prefix = f"{model.base_model_prefix}."
     state = {
         key if key in names else prefix + key: tensor.to(device, dtype, copy=True).contiguous()
-        for key, tensor in _dense_tensors(checkpoint)
+        for key, tensor in _dense_tensors(checkpoint, device)
     }
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
@@ -54,10 +54,10 @@ def dense_model(
     return model
 
 
-def _dense_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
+def _dense_tensors(checkpoint: Checkpoint, device: torch.device) -> Iterator[tuple[str, Tensor]]:
     used: set[str] = set()
     for layer in checkpoint.layers:
-        yield f"{layer}.weight", dequantize(checkpoint.weight(layer))
+        yield f"{layer}.weight", dequantize(checkpoint.weight(layer).to(device))
         used |= set(checkpoint.layer_keys(layer).values())
     for key in checkpoint.tensors.files:
         if key not in used:
@@ -76,11 +76,12 @@ def use_bitsandbytes(model: PreTrainedModel, layers: Iterable[str]) -> PreTraine
         layers: Dotted names of the layers.
     """
     for name in layers:
-        model.set_submodule(name, _linear4bit(model.get_submodule(name)))
+        model.set_submodule(name, linear4bit(model.get_submodule(name)))
     return model
 
 
-def _linear4bit(linear: Any) -> nn.Module:
+def linear4bit(linear: Any) -> nn.Module:
+    """Return bitsandbytes' layer with the weights of a linear one; see ``use_bitsandbytes``."""
     import bitsandbytes
 
     modules: Any = bitsandbytes.nn  # untyped
@@ -117,13 +118,17 @@ def as_batch(examples: Sequence[EncodedExample], device: torch.device) -> Batch:
 
 def answer_loss(model: PreTrainedModel, batch: Batch) -> float:
     """Return the mean negative log-probability of the answer tokens, in nats."""
-    input_ids, positions, targets = batch
     with torch.inference_mode():
-        hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-        index = positions[..., None].expand(-1, -1, hidden.shape[-1])
-        logits = model.get_output_embeddings()(hidden.gather(1, index))
-        losses = nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
-    return float(losses)
+        return float(answer_losses(model, batch))
+
+
+def answer_losses(model: PreTrainedModel, batch: Batch) -> Float[Tensor, ""]:
+    """Return the same as a tensor, which can be differentiated."""
+    input_ids, positions, targets = batch
+    hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+    index = positions[..., None].expand(-1, -1, hidden.shape[-1])
+    logits = model.get_output_embeddings()(hidden.gather(1, index))
+    return nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
 
 def two_forwards(model: PreTrainedModel, batch: Batch) -> tuple[float, float]:
@@ -173,3 +178,42 @@ class MeZO:
         for parameter in self.model.parameters():
             z = self._buffer[: parameter.numel()].view(parameter.shape)
             yield parameter, z.normal_(generator=self._generator)
+
+
+class QLoRA:
+    """QLoRA (arXiv 2305.14314): backpropagation to LoRA factors beside frozen NF4 weights.
+
+    peft's factors of rank 16 on all quantized layers, AdamW on them in float32, and gradient
+    checkpointing: a decoder block's activations are computed again in the backward.
+
+    Args:
+        model: From ``use_bitsandbytes``; modified.
+        layers: Dotted names of the layers with factors.
+        learning_rate: QLoRA's for 7B and 13B.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, layers: Sequence[str], *, learning_rate: float = 2e-4
+    ) -> None:
+        import peft
+
+        config = peft.LoraConfig(r=16, lora_alpha=16, lora_dropout=0.0, target_modules=list(layers))
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+        self.model: Any = peft.get_peft_model(model, config)
+        self.model.train()  # checkpointing is off otherwise; there is no dropout
+        factors = [each for each in self.model.parameters() if each.requires_grad]
+        for factor in factors:
+            factor.data = factor.data.float()
+        device = factors[0].device.type
+        self._autocast = torch.autocast(device, model.dtype, enabled=model.dtype != torch.float32)
+        self._optimizer = torch.optim.AdamW(factors, lr=learning_rate)
+
+    def step(self, batch: Batch) -> float:
+        """Move the factors; return the loss."""
+        with self._autocast:
+            loss = answer_losses(self.model.get_base_model(), batch)
+        loss.backward()
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return float(loss.detach())

@@ -48,14 +48,18 @@ def step(
     device: Device = "cpu",
     format: Format = "gptq",
     group_size: GroupSize = None,
+    against: Annotated[
+        str, typer.Option(help="Some of dense, mezo, bitsandbytes and qlora (needs peft).")
+    ] = "dense,mezo,bitsandbytes",
     folder: Folder = None,
     as_json: AsJSON = False,
 ) -> None:
-    """Time a step against dense weights, MeZO and bitsandbytes.
+    """Time a step against dense weights, MeZO, bitsandbytes and QLoRA.
 
     A step is one of `qzo train`: both probes, the journal, the update. Beside it, on the same
     tokens and the same loss: two forwards with dense weights; a MeZO step, which perturbs all dense
-    weights in place; two forwards through bitsandbytes' Linear4bit. Batches are rows of up to
+    weights in place; two forwards through bitsandbytes' Linear4bit; a QLoRA step with gradient
+    checkpointing. On CUDA the peak memory of each is shown, too. Batches are rows of up to
     --row-tokens random tokens of which the last 4 are the answer; the head sees only that, in all
     of them. Ratios are those of medians; in brackets the smallest and largest of one round.
     """
@@ -68,6 +72,7 @@ def step(
         coordinates=coordinates,
         device=device,
         dtype=dtype,
+        against=_names(against),
     )
     with stdout_for(as_json) as print_json, _progress() as progress:
         checkpoint = model or _synthetic(shape, format, group_size, folder, progress)
@@ -76,6 +81,52 @@ def step(
             print_json(result)
             return
     _show_step(result)
+
+
+@app.command()
+def kernels(
+    shapes: Annotated[
+        str, typer.Option(help="Outputs x inputs of each layer.")
+    ] = "4096x4096,13824x5120",
+    tokens: Annotated[
+        str, typer.Option(help="Tokens of all probes together.")
+    ] = "16,32,64,128,256,512,1024,2048,4096,8192",
+    contenders: Annotated[
+        str | None, typer.Option(help="Some of those in the first column; all if missing.")
+    ] = None,
+    probes: Annotated[int, typer.Option(min=1, help="Probes that share the tokens.")] = 2,
+    group_size: Annotated[int, typer.Option(help="Inputs that share a scale.")] = 128,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds.")] = 10,
+    dtype: Annotated[str, typer.Option(help="Of inputs and dense weights.")] = "float16",
+    device: Device = "cuda",
+    as_json: AsJSON = False,
+) -> None:
+    """Time one 4-bit layer against a dense product over as many tokens.
+
+    Rows: `probes` is the layer as a training step computes it, with the tokens of all probes and a
+    multiplier for each probe and output; `plain` the same without multipliers, `scales` with scales
+    of its own for each probe; `fused` and `tiles` are the two kernels behind it; `nf4` an NF4
+    layer. bitsandbytes, humming and gemlite are other libraries, where installed. Numbers are the
+    dense product's time over the contender's: above 1 is faster than dense.
+    """
+    from qzo.bench.kernels import KernelSettings, bench_kernels
+
+    settings = KernelSettings(
+        shapes=_shapes(shapes),
+        tokens=_numbers("--tokens", tokens),
+        contenders=None if contenders is None else _names(contenders),
+        probes=probes,
+        group_size=group_size,
+        repeats=repeats,
+        dtype=dtype,
+        device=device,
+    )
+    with stdout_for(as_json) as print_json, _progress() as progress:
+        result = bench_kernels(settings, progress)
+        if as_json:
+            print_json(result)
+            return
+    _show_kernels(result)
 
 
 @app.command()
@@ -88,6 +139,9 @@ def memory(
     steps: Annotated[int, typer.Option(min=1, help="Steps of the run.")] = 1,
     first_order_blocks: Annotated[int, typer.Option(min=0, help="As in a recipe.")] = 0,
     memory_limit: Annotated[str | None, typer.Option(help="As in a recipe: 2.5GiB.")] = None,
+    memory_cap: Annotated[
+        str | None, typer.Option(help="Of a CUDA device, to stand in for a smaller one: 24GiB.")
+    ] = None,
     coordinates: Coordinates = "row",
     dtype: Annotated[str | None, typer.Option(help="As in a recipe.")] = None,
     device: Device = "cpu",
@@ -100,8 +154,9 @@ def memory(
 
     The run is one of `qzo train`, on random tokens: journal, snapshots and adapter included. Peak
     resident is what the kernel kept (VmHWM) and counts pages of the mapped checkpoint; peak
-    anonymous is sampled every 5 ms and does not. Products alone: the same matrix products with
-    dense float32 operands in memory. Losses are shown bit for bit, to compare two runs.
+    anonymous is sampled every 5 ms and does not. On CUDA device peak is what torch had allocated
+    there at most. Products alone: the same matrix products with dense operands in memory, float32
+    on a CPU and float16 on CUDA. Losses are shown bit for bit, to compare two runs.
     """
     from qzo.bench.memory import bench_memory
     from qzo.bench.training_run import RunSettings
@@ -119,6 +174,7 @@ def memory(
             memory_limit=memory_limit,
             dtype=dtype,
             device=device,
+            memory_cap=memory_cap,
         )
         progress("training")
         result = bench_memory(settings)
@@ -227,6 +283,22 @@ def _numbers(flag: str, text: str) -> tuple[int, ...]:
     return tuple(map(int, parts))
 
 
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _shapes(text: str) -> tuple[tuple[int, int], ...]:
+    """Read ``4096x4096,13824x5120``.
+
+    Raises:
+        ConfigError: It is no list of two sizes each.
+    """
+    shapes = [tuple(_numbers("--shapes", each.replace("x", ","))) for each in _names(text)]
+    if not shapes or any(len(shape) != 2 for shape in shapes):
+        raise ConfigError(f"--shapes: expected outputs x inputs, such as 4096x4096, got {text!r}")
+    return tuple((shape[0], shape[1]) for shape in shapes)
+
+
 def _synthetic(
     shape: str,
     format_name: str,
@@ -269,16 +341,25 @@ def _spoken(*, is_silent: bool) -> Iterator[Callable[[str], None]]:
 
 def _show_step(result: dict[str, Any]) -> None:
     entries = result["tokens"]
-    references = ("dense", "mezo", "bitsandbytes", "separate")
+    references = (*result["settings"]["against"], "separate")
     ratios = Table("tokens", *(f"vs {name}" for name in references), "seconds")
     parts = Table("tokens", *next(iter(entries.values()))["parts"])
     for count, entry in entries.items():
-        shown = [_ratio(entry, f"vs_{name}") for name in references]
+        shown = [
+            _ratio(entry, f"vs_{name}") if f"vs_{name}" in entry else "does not run"
+            for name in references
+        ]
         ratios.add_row(count, *shown, f"{entry['seconds']['qzo']:.3f}")
         parts.add_row(count, *(f"{seconds:.4f}" for seconds in entry["parts"].values()))
     terminal = console()
     terminal.print(f"{result['checkpoint']}, {_machine(result)}")
     terminal.print(ratios)
+    for count, entry in entries.items():
+        for name, reason in entry["failed"].items():
+            terminal.print(f"{name} at {count} tokens: {reason}", soft_wrap=True)
+        if entry["peak_bytes"]:
+            sizes = (f"{name} {size / _GIB:.2f}" for name, size in entry["peak_bytes"].items())
+            terminal.print(f"peak GiB at {count} tokens: {', '.join(sizes)}", soft_wrap=True)
     terminal.print("seconds of a step by part")
     terminal.print(parts)
     mixed = result["mixed_vs_equal"]
@@ -290,9 +371,29 @@ def _ratio(entry: dict[str, Any], name: str) -> str:
     return f"{entry[name]:.2f} ({lowest:.2f} to {highest:.2f})"
 
 
+def _show_kernels(result: dict[str, Any]) -> None:
+    terminal = console()
+    terminal.print(f"{_machine(result)}, {result['settings']['dtype']}")
+    for shape, counts in result["shapes"].items():
+        names = list(next(iter(counts.values())))
+        table = Table(shape, *counts)
+        for name in names:
+            table.add_row(name, *(_vs_dense(entries[name]) for entries in counts.values()))
+        terminal.print(table)
+        for name in names:
+            failed = {e[name]["failed"] for e in counts.values() if "failed" in e[name]}
+            for reason in sorted(failed):
+                terminal.print(f"{name}: {reason}", soft_wrap=True)
+
+
+def _vs_dense(entry: dict[str, Any]) -> str:
+    return f"{entry['vs_dense']:.2f}" if "vs_dense" in entry else "-"
+
+
 def _show_memory(result: dict[str, Any]) -> None:
     table = Table(show_header=False, box=None)
-    for name in ("peak_resident", "peak_anonymous", "peak_file_backed", "predicted"):
+    sizes = ("peak_resident", "peak_anonymous", "peak_file_backed", "device_peak", "predicted")
+    for name in (size for size in sizes if size in result):
         table.add_row(name.replace("_", " "), f"{result[name] / _GIB:.3f} GiB")
     table.add_row("resident / predicted", f"{result['resident_vs_predicted']:.3f}")
     table.add_row("start to first layer", f"{result['first_layer_seconds']:.1f} s")

@@ -1,7 +1,8 @@
 """``qzo bench memory``: a training run in a fresh process, against what ``qzo plan`` predicts.
 
 The products alone are what no way of computing the step gets around: one product of all its tokens
-with every quantized layer's matrix, dense, in float32, the operands in memory. Each shape is timed
+with every quantized layer's matrix, dense, in float32 (on CUDA float16), the operands in memory.
+Each shape is timed
 by itself and counted as often as the model has it.
 """
 
@@ -14,7 +15,7 @@ import torch
 
 from qzo.bench.clock import interleaved
 from qzo.bench.machine import hardware, versions
-from qzo.bench.training_run import RunSettings, run_apart
+from qzo.bench.training_run import RunResult, RunSettings, run_apart
 from qzo.checkpoint import open_checkpoint
 from qzo.files import read_json
 from qzo.memory import parse_memory
@@ -29,10 +30,12 @@ def bench_memory(settings: RunSettings) -> dict[str, Any]:
     """Measure a run.
 
     Returns:
-        Sizes in bytes and times in seconds: ``peak_resident``, ``peak_anonymous``,
-        ``peak_file_backed``; ``predicted`` (by the plan, or the limit if there is one) with
-        ``resident_vs_predicted``; ``first_layer_seconds``, ``step_seconds``, ``products_seconds``
-        and ``step_vs_products``; ``losses`` and, bit for bit, ``losses_hex``.
+        Sizes in bytes and times in seconds: ``peak_resident``, ``peak_anonymous`` and
+        ``peak_file_backed`` of the process, ``device_peak`` and ``device_reserved`` of a CUDA
+        device; ``predicted`` (by the plan, or the limit if there is one) with
+        ``resident_vs_predicted``, on CUDA ``device_vs_predicted``; ``first_layer_seconds``,
+        ``step_seconds``, ``products_seconds`` and ``step_vs_products``; ``losses`` and, bit for
+        bit, ``losses_hex``.
     """
     predicted = predict(settings)
     planned = predicted.peak_bytes
@@ -49,6 +52,7 @@ def bench_memory(settings: RunSettings) -> dict[str, Any]:
         "peak_file_backed": peaks.file_backed,
         "predicted": planned,
         "resident_vs_predicted": peaks.resident / planned,
+        **_of_device(result, planned),
         "first_layer_seconds": result.first_layer_seconds,
         "step_seconds": list(result.step_seconds),
         "products_seconds": products,
@@ -57,6 +61,17 @@ def bench_memory(settings: RunSettings) -> dict[str, Any]:
         "losses_hex": [[loss.hex() for loss in losses] for losses in result.losses],
         "hardware": hardware(torch.device(settings.device)),
         "versions": versions(),
+    }
+
+
+def _of_device(result: RunResult, planned: int) -> dict[str, float]:
+    """Return the memory of a CUDA device; the plan counts what the driver takes, too."""
+    if result.device_peak is None or result.device_reserved is None:
+        return {}
+    return {
+        "device_peak": result.device_peak,
+        "device_reserved": result.device_reserved,
+        "device_vs_predicted": result.device_peak / planned,
     }
 
 
@@ -100,9 +115,10 @@ def products_seconds(settings: RunSettings, num_tokens: int) -> float:
 def _product_seconds(
     out_features: int, in_features: int, num_tokens: int, device: torch.device
 ) -> float:
-    weight = torch.full((out_features, in_features), 0.5, device=device)
-    inputs = torch.full((num_tokens, in_features), 0.5, device=device)
-    outputs = torch.empty(num_tokens, out_features, device=device)
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    weight = torch.full((out_features, in_features), 0.5, device=device, dtype=dtype)
+    inputs = torch.full((num_tokens, in_features), 0.5, device=device, dtype=dtype)
+    outputs = torch.empty(num_tokens, out_features, device=device, dtype=dtype)
 
     def product() -> None:
         torch.mm(inputs, weight.T, out=outputs)

@@ -12,6 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import (
     PreTrainedModel,
@@ -33,6 +34,7 @@ from qzo.files import read_json, write_json
 from qzo.journal import NAME, Journal
 from qzo.journal_lines import Step
 from qzo.linear import QuantLinear
+from qzo.memory import parse_memory
 from qzo.model import decoder_blocks
 from qzo.recipe_file import recipe
 from qzo.run import load_model
@@ -55,6 +57,8 @@ class RunSettings:
         memory_limit: The recipe's, or None.
         dtype: The recipe's, or None.
         device: The recipe's.
+        memory_cap: Of a CUDA device, as ``24GiB``: what the process may allocate there at most, so
+            that a large card stands in for a small one. It changes no speed.
     """
 
     checkpoint: str
@@ -68,6 +72,7 @@ class RunSettings:
     memory_limit: str | None = None
     dtype: str | None = None
     device: str = "cpu"
+    memory_cap: str | None = None
 
     @property
     def num_probes(self) -> int:
@@ -110,18 +115,24 @@ class RunResult:
         first_layer_seconds: From the start of the process to its first quantized layer's input.
         step_seconds: Of every step.
         losses: Of every step at its probes.
+        device_peak: Bytes that torch had allocated on a CUDA device at most; None on a CPU.
+        device_reserved: Those that it had taken from the device, to allocate from.
     """
 
     peaks: Peaks
     first_layer_seconds: float
     step_seconds: tuple[float, ...]
     losses: tuple[tuple[float, ...], ...]
+    device_peak: int | None = None
+    device_reserved: int | None = None
 
 
 def run_apart(settings: RunSettings) -> RunResult:
     """Do a training run in a fresh process and watch it."""
     with TemporaryDirectory() as folder:
         settings.recipe(Path(folder) / "run")  # refuses here what the process would refuse
+        if settings.memory_cap is not None and torch.device(settings.device).type != "cuda":
+            cap_memory(settings.memory_cap, torch.device(settings.device))
         target = Path(folder) / "result.json"
         peaks = run_watched([__name__, json.dumps(asdict(settings)), str(target)])
         found = read_json(target)
@@ -130,6 +141,8 @@ def run_apart(settings: RunSettings) -> RunResult:
         found["first_layer_seconds"],
         tuple(found["step_seconds"]),
         tuple(tuple(map(float.fromhex, losses)) for losses in found["losses"]),
+        found.get("device_peak"),
+        found.get("device_reserved"),
     )
 
 
@@ -163,6 +176,9 @@ class _Times(TrainerCallback):
 
 def train(settings: RunSettings) -> dict[str, Any]:
     """Train in this process; return times and losses, these as hexadecimal floats."""
+    device = torch.device(settings.device)
+    if settings.memory_cap is not None:
+        cap_memory(settings.memory_cap, device)
     with TemporaryDirectory() as folder:
         config = settings.recipe(Path(folder) / "run")
         checkpoint = open_checkpoint(config.model)
@@ -181,6 +197,32 @@ def train(settings: RunSettings) -> dict[str, Any]:
         "first_layer_seconds": times.first_layer,
         "step_seconds": times.steps,
         "losses": [[float("nan" if x is None else x).hex() for x in step] for step in losses],
+        **_device_peaks(device),
+    }
+
+
+def cap_memory(cap: str, device: torch.device) -> None:
+    """Let torch allocate no more than this on a CUDA device, in this process.
+
+    Raises:
+        ConfigError: The device is no CUDA device.
+    """
+    if device.type != "cuda":
+        raise ConfigError(
+            f"--memory-cap cannot be combined with --device {device.type}: only CUDA memory can be "
+            "capped; use --memory-limit"
+        )
+    total = torch.cuda.get_device_properties(device).total_memory
+    share = min(parse_memory(cap, "--memory-cap") / total, 1.0)
+    torch.cuda.set_per_process_memory_fraction(share, device)
+
+
+def _device_peaks(device: torch.device) -> dict[str, int]:
+    if device.type != "cuda":
+        return {}
+    return {
+        "device_peak": torch.cuda.max_memory_allocated(device),
+        "device_reserved": torch.cuda.max_memory_reserved(device),
     }
 
 
