@@ -1,5 +1,6 @@
 # make demo   sets everything up and fine-tunes a real 4-bit model on this computer
 # make test   sets everything up and passes the tests
+# make gpu    checks everything on a CUDA device in under eight minutes; report in runs/gpu
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,10 +8,14 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test test-all test-gptqmodel lint clean
+.PHONY: demo gpu test test-all test-gptqmodel lint clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python recipes/demo.py
+
+# Nothing is set up: the machine may have no network. See recipes/gpu/check.sh.
+gpu:
+	bash recipes/gpu/check.sh
 
 test: $(VENV)/.dev
 	$(BIN)/pytest
