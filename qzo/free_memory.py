@@ -8,8 +8,15 @@ import torch
 def _available_cuda_bytes(device: torch.device) -> int:
     """Return what is free, or what is left of the share that this process was limited to."""
     free, total = torch.cuda.mem_get_info(device)
-    share = torch.cuda.get_per_process_memory_fraction(device)
+    share = torch.cuda.get_per_process_memory_fraction(cuda_index(device))
     return min(free, int(share * total) - torch.cuda.memory_reserved(device))
+
+
+def cuda_index(device: torch.device) -> int:
+    """Return the number of a CUDA device; some of torch's functions do not take plain ``cuda``."""
+    if device.index is None:  # type: ignore[redundant-expr]  # torch's types leave None out
+        return torch.cuda.current_device()
+    return device.index
 
 
 def available_bytes(device: torch.device) -> int | None:

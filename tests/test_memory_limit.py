@@ -129,3 +129,21 @@ def test_a_run_that_is_stopped_before_its_first_step_can_start_again(
     result = run.train(recipe)
     assert result is not None
     assert result.steps == 2
+
+
+def test_what_is_left_of_a_share_of_a_gpu_is_its_free_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gib = 2**30
+
+    def fraction(device: int) -> float:
+        assert type(device) is int  # torch refuses a device without a number here
+        return 0.25
+
+    monkeypatch.setattr("torch.cuda.memory._lazy_init", lambda: None)
+    monkeypatch.setattr("torch._C._cuda_getMemoryFraction", fraction, raising=False)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (70 * gib, 80 * gib))
+    monkeypatch.setattr("torch.cuda.memory_reserved", lambda _: 3 * gib)
+    for name in ("cuda", "cuda:0"):
+        assert available_bytes(torch.device(name)) == (20 - 3) * gib

@@ -68,7 +68,7 @@ def call_seconds(calls: Sequence[Call], repeats: int, device: torch.device) -> C
             call()
 
     eager = [_seconds(all_calls, device) for _ in range(repeats)]
-    replay = _captured(all_calls) if device.type == "cuda" else None
+    replay = _captured(all_calls, device) if device.type == "cuda" else None
     rounds = eager
     if replay is not None:
         replay()
@@ -94,13 +94,15 @@ def _seconds(run: Call, device: torch.device) -> float:
     return float(before.elapsed_time(after)) / 1e3
 
 
-def _captured(run: Call) -> Call | None:
+def _captured(run: Call, device: torch.device) -> Call | None:
     """Return the replay of a graph of these calls; None where they cannot be captured."""
+    stream = torch.cuda.current_stream(device)
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph):
+        with torch.cuda.device(device), torch.cuda.graph(graph):
             run()
     except RuntimeError:  # a call waits for the device, or copies from the CPU
-        torch.cuda.synchronize()
+        torch.cuda.set_stream(stream)  # a capture that fails to end leaves its own
+        torch.cuda.synchronize(device)
         return None
     return graph.replay

@@ -31,6 +31,7 @@ from qzo.config import Recipe
 from qzo.errors import ConfigError
 from qzo.examples import from_encoded
 from qzo.files import read_json, write_json
+from qzo.free_memory import cuda_index
 from qzo.journal import NAME, Journal
 from qzo.journal_lines import Step
 from qzo.linear import QuantLinear
@@ -214,7 +215,7 @@ def cap_memory(cap: str, device: torch.device) -> None:
         )
     total = torch.cuda.get_device_properties(device).total_memory
     share = min(parse_memory(cap, "--memory-cap") / total, 1.0)
-    torch.cuda.set_per_process_memory_fraction(share, device)
+    torch.cuda.set_per_process_memory_fraction(share, cuda_index(device))
 
 
 def _device_peaks(device: torch.device) -> dict[str, int]:

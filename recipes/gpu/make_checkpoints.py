@@ -40,7 +40,9 @@ def find(name: str, findings: Findings) -> Path:
     """
     what = shapes(is_tiny=findings.is_tiny)[name]
     parent = place(findings.work)
-    while (parent / "making").exists() and not (parent / what.name / "synthetic.json").exists():
+    while (findings.work.parent / "making").exists() and not (
+        parent / what.name / "synthetic.json"
+    ).exists():
         if findings.seconds_left < 20:
             raise RuntimeError(f"{what.name}: the checkpoint was not ready in time")
         time.sleep(0.2)
@@ -58,23 +60,18 @@ def ask(findings: Findings) -> None:
     """Make the small one, then the large ones side by side."""
     parent = place(findings.work)
     parent.mkdir(parents=True, exist_ok=True)
-    making = parent / "making"
-    making.touch()
-    try:
-        small, *large = shapes(is_tiny=findings.is_tiny).values()
-        make(small, parent)
-        if findings.is_tiny:
-            for what in large:
-                make(what, parent)
-            return
-        context = multiprocessing.get_context("spawn")
-        processes = [context.Process(target=make, args=(what, parent)) for what in large]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join()
-    finally:
-        making.unlink()
+    small, *large = shapes(is_tiny=findings.is_tiny).values()
+    make(small, parent)
+    if findings.is_tiny:
+        for what in large:
+            make(what, parent)
+        return
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=make, args=(what, parent)) for what in large]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """With ``memory_limit`` at half of the codes, blocks stream: losses are bitwise those without."""
 
+import gc
 from pathlib import Path
 
 import torch
@@ -34,12 +35,17 @@ def _compare(findings: Findings, checkpoint: Path, name: str) -> str:
     losses, peaks = {}, {}
     for kind, extra in (("whole", {}), ("limited", {"memory_limit": f"{limit / 2**30:.4f}GiB"})):
         run = findings.work / f"{name}-{kind}"
+        gc.collect()
+        before = 0
         if findings.is_cuda:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(findings.device)
+            before = torch.cuda.memory_allocated(findings.device)
         trainer = train(checkpoint, run, {**keys, **extra})
         losses[kind] = losses_of(run)
-        peaks[kind] = torch.cuda.max_memory_allocated(findings.device) if findings.is_cuda else None
+        peaks[kind] = None
+        if findings.is_cuda:
+            peaks[kind] = torch.cuda.max_memory_allocated(findings.device) - before
         del trainer
     found = {"limit_bytes": limit, "codes_bytes": streaming, "peak_bytes": peaks}
     findings.note(name, {**found, "losses": losses["limited"]})

@@ -65,7 +65,9 @@ def _compare(
             found["slopes"][f"{kind} {factor}"] = slope
             # weights that are scaled are rounded one by one, and alike for all tokens
             rounding = torch.finfo(dtype).eps / 8 if kind == "scales" else 0.0
-            is_close = abs(slope - factor) < max(SLOPE_TOLERANCE, rounding)
+            # two outputs rounded at random: four standard deviations of the slope
+            noise = 2.8 * torch.finfo(dtype).eps / plain.numel() ** 0.5
+            is_close = abs(slope - factor) < max(SLOPE_TOLERANCE, rounding, noise)
             findings.require(is_close, f"{key}: {kind} times {factor} act as {slope:.5f}")
     findings.note(key, found)
 
