@@ -387,13 +387,32 @@ def export(
     out: Annotated[Path, typer.Option(help="New folder for the checkpoint.")],
     base: Annotated[str | None, typer.Option(help="The base, if it was moved.")] = None,
     revision: Revision = None,
+    verify: Annotated[
+        bool, typer.Option(help="Load the result and compare its loss with the trained model's.")
+    ] = True,
+    device: Device = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float32, float16 or bfloat16 of the check (default: that of the run)."),
+    ] = None,
+    memory_limit: MemoryLimit = None,
     as_json: AsJSON = False,
 ) -> None:
     """Write the full checkpoint with the tuned scales, all else byte for byte."""
     from qzo.export import export as write
 
     with stdout_for(as_json) as print_json, hardware_errors("free some memory"):
-        show(asdict(write(run, out, base=base, revision=revision)), as_json, print_json)
+        written = write(
+            run,
+            out,
+            base=base,
+            revision=revision,
+            verify=verify,
+            device=device,
+            dtype=dtype,
+            memory_limit=memory_limit,
+        )
+        show(asdict(written), as_json, print_json)
 
 
 @app.command()

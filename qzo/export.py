@@ -1,7 +1,7 @@
 """The way out: the base checkpoint with the tuned tensors, everything else byte for byte.
 
 Works from files. The result is loaded again and its loss compared with the trained model's before
-the export counts as done.
+the export counts as done (``export_check``).
 """
 
 import shutil
@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import torch
 from torch import Tensor
 
+from quantizers.errors import FormatError
 from qzo.adapter import (
     CONFIG_NAME,
     Adapter,
@@ -22,20 +24,17 @@ from qzo.adapter import (
 )
 from qzo.base import open_base
 from qzo.card import model_card
-from qzo.checkpoint import Checkpoint, open_checkpoint
-from qzo.errors import CheckpointError, ConfigError
-from qzo.evaluate import evaluate
-from qzo.files import new_folder, read_json, write_json
-from qzo.hub import Origin
-from qzo.model import load_checkpoint, quant_linears
+from qzo.checkpoint import Checkpoint
+from qzo.errors import CheckpointError, ConfigError, QZOError
+from qzo.export_check import Losses, OtherLossError, check_export
+from qzo.files import new_folder, put_in_place, read_json, remove, write_json
+from qzo.hub import Origin, copy_side_files
+from qzo.placement import Placement, placement
 from qzo.replay import replay
-from qzo.run_folder import read_reference
-from qzo.tensor_files import TensorFiles, write_safetensors
+from qzo.run_folder import Reference, read_reference
+from qzo.tensor_files import TensorFiles, index_of, write_safetensors
 
-_SKIPPED = {".git", ".cache", "README.md"}
-# Rounding the scales to fp16 moves each weight by at most 2**-11 of its size; a loss moves by far
-# less than this many nats, and a wrong scale by far more.
-_LOSS_TOLERANCE = 0.02
+_CONFIGS = ("config.json", "quantize_config.json")
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,8 @@ class Exported:
     Attributes:
         folder: Where.
         num_changed: Scale tensors that come from the run.
-        trained_loss: The trained model's loss on the reference examples; None without any.
+        trained_loss: The trained model's loss on the reference examples; None where it was not
+            compared.
         exported_loss: The loss of the files that were written.
         unquantized: Keys of the other tensors that come from the run.
     """
@@ -58,31 +58,73 @@ class Exported:
 
 
 def export(
-    run: str | Path, out: str | Path, *, base: str | None = None, revision: str | None = None
+    run: str | Path,
+    out: str | Path,
+    *,
+    base: str | None = None,
+    revision: str | None = None,
+    verify: bool = True,
+    device: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    memory_limit: str | None = None,
 ) -> Exported:
     """Write the full checkpoint of a run.
 
     Args:
         run: A run folder, or a journal in either form, in a folder of its own or named itself.
-        out: A new or empty folder.
+        out: A new or empty folder. If the check fails, the files are in ``OUT.unverified``.
         base: The base checkpoint, where it is no longer where the run says.
         revision: Of the base: a branch, tag or commit of its repository on the hub.
+        verify: Load the result and compare its loss with the trained model's.
+        device: Where that is computed; a CUDA device where there is one, unless given.
+        dtype: In which dtype; that of the run unless given.
+        memory_limit: Such as ``4GiB``: the decoder blocks that do not fit stream.
     """
     folder, target = Path(run), Path(out)
+    name = None if dtype is None else str(dtype).removeprefix("torch.")
+    place = placement(device, name, memory_limit)
     with TemporaryDirectory() as temporary, new_folder(target) as partial:
         if not (folder / CONFIG_NAME).is_file():  # a bare journal is an adapter too
-            replay(folder, out=Path(temporary) / "adapter", base=base, revision=revision)
-            folder = Path(temporary) / "adapter"
+            adapted = Path(temporary) / "adapter"
+            replay(folder, out=adapted, base=base, revision=revision)
+            folder = adapted
         adapter = open_adapter(folder)
         _check_folds(adapter, str(run))
         recorded = Origin(adapter.config["base_model_name_or_path"], adapter.config.get("revision"))
         checkpoint = open_base(recorded, Path(run), base=base, revision=revision)
         check_base(checkpoint, adapter.config)
+        reference = read_reference(folder) if verify else None
         _write_files(checkpoint, adapter, partial)
-        trained, exported = _compare(folder, partial)
+        losses = _verified(partial, target, reference, place) if verify else None
     unquantized = tuple(unquantized_tensors(adapter))
     num_scales = len(adapter.tensors.files) - len(unquantized)
+    trained, exported = (losses.trained, losses.exported) if losses else (None, None)
     return Exported(target, num_scales, trained, exported, unquantized)
+
+
+def _verified(
+    partial: Path, target: Path, reference: Reference | None, place: Placement
+) -> Losses | None:
+    """Check what was written; set it aside under another name if the check fails.
+
+    Raises:
+        CheckpointError: It failed.
+    """
+    try:
+        return check_export(partial, reference, place)
+    except Exception as error:
+        kept = target.with_name(f"{target.name}.unverified")
+        remove(kept)  # of an earlier try
+        put_in_place(partial, kept)
+        if not isinstance(error, QZOError | FormatError | MemoryError | torch.OutOfMemoryError):
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        is_compared = isinstance(error, OtherLossError)
+        how = "check them with another --device, --dtype or --memory-limit"
+        raise CheckpointError(
+            f"{reason}; the files are in {kept}: "
+            f"{'compare them with qzo eval' if is_compared else how}, or export with --no-verify"
+        ) from error
 
 
 def _check_folds(adapter: Adapter, run: str) -> None:
@@ -108,10 +150,11 @@ def _write_files(checkpoint: Checkpoint, adapter: Adapter, folder: Path) -> None
     for name in dict.fromkeys(checkpoint.tensors.files.values()):
         entries = list(_entries(checkpoint, name, replaced))
         write_safetensors(folder / name, entries, checkpoint.tensors.metadata(name))
-    for path in checkpoint.folder.iterdir():
-        is_tensor_file = path.suffix == ".safetensors"
-        if path.is_file() and not is_tensor_file and path.name not in _SKIPPED:
+    index = index_of(checkpoint.folder)
+    for path in [checkpoint.folder / name for name in _CONFIGS] + ([index] if index else []):
+        if path.is_file():
             shutil.copyfile(path, folder / path.name)
+    copy_side_files(checkpoint.folder, folder)
     _rewrite_configs(checkpoint, folder)
     _rewrite_index(folder, {key for key, tensor in replaced.items() if tensor is None})
     (folder / "README.md").write_text(model_card(adapter.folder, adapter.config), encoding="utf-8")
@@ -140,10 +183,16 @@ def _entries(
 
 
 def _rewrite_configs(checkpoint: Checkpoint, folder: Path) -> None:
-    """Write the quantization config of the export where it differs from the base's."""
+    """Write the config of the export where it differs from the base's.
+
+    It does where the quantization config does, and where the base's points to a repository's code,
+    which is not copied: without it, transformers takes its own class.
+    """
     exported = checkpoint.format.export_config(checkpoint.quantization)
-    if exported != checkpoint.quantization:
-        config = {**checkpoint.config, "quantization_config": exported}
+    changed = {} if exported == checkpoint.quantization else {"quantization_config": exported}
+    if changed or "auto_map" in checkpoint.config:
+        config = {**checkpoint.config, **changed}
+        config.pop("auto_map", None)
         write_json(folder / "config.json", config)
 
 
@@ -155,24 +204,3 @@ def _rewrite_index(folder: Path, dropped: set[str]) -> None:
     for path in folder.glob("*.safetensors.index.json"):
         metadata = {**read_json(path).get("metadata", {}), "total_size": size}
         write_json(path, {"metadata": metadata, "weight_map": tensors.files})
-
-
-def _compare(run: Path, exported: Path) -> tuple[float | None, float | None]:
-    """Load what was written and compare its loss with the trained model's.
-
-    Raises:
-        CheckpointError: They differ by more than the rounding of the scales can explain.
-    """
-    reference = read_reference(run)
-    model = load_checkpoint(open_checkpoint(exported))
-    if reference is None:
-        return None, None
-    data, trained = reference
-    live = quant_linears(model)[0].live
-    loss = evaluate(model, live, data, batch_size=len(data.examples)).loss
-    if not abs(loss - trained) <= _LOSS_TOLERANCE:  # also true for NaN
-        raise CheckpointError(
-            f"export: expected the trained model's loss {trained:.4f} from the exported files, got "
-            f"{loss:.4f}; nothing was written"
-        )
-    return trained, loss

@@ -117,19 +117,24 @@ def new_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         yield partial
-        for path in partial.rglob("*"):
-            sync(path)
-        sync(partial)
         if target.exists():
             target.rmdir()
-        partial.rename(target)
-        sync(target.parent)
+        put_in_place(partial, target)
     except WriteError as error:  # of a file in the temporary folder, whose name nobody knows
         raise WriteError(target, error.error) from error
     except OSError as error:
         raise WriteError(target, error) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def put_in_place(folder: Path, target: Path) -> None:
+    """Flush a folder to disk and rename it."""
+    for path in folder.rglob("*"):
+        sync(path)
+    sync(folder)
+    folder.rename(target)
+    sync(target.parent)
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from qzo.hub import shared_name
 from qzo.journal import NAME as JOURNAL_NAME
 from qzo.journal import Journal
 from qzo.optimizers import RULES
+from qzo.placement import DTYPES
 from qzo.ranks import Ranks
 from qzo.rewards import WRITTEN
 from qzo.scales import Scales
@@ -258,17 +259,33 @@ def differing(
             yield prefix + key, want, got
 
 
-def write_reference(folder: Path, data: ExampleSet, loss: float) -> None:
-    """Write a few examples and the trained model's loss on them; an export is compared with it."""
+@dataclass(frozen=True)
+class Reference:
+    """A few examples and what the trained model makes of them; an export is compared with it.
+
+    Attributes:
+        data: The examples.
+        loss: Of the trained model.
+        dtype: Of the model that the loss was measured with.
+    """
+
+    data: ExampleSet
+    loss: float
+    dtype: torch.dtype
+
+
+def write_reference(folder: Path, reference: Reference) -> None:
+    """Write the reference of a run."""
     value = {
-        "loss": loss,
-        "loss_name": data.loss,
-        "examples": [asdict(example) for example in data.examples],
+        "loss": reference.loss,
+        "loss_name": reference.data.loss,
+        "dtype": str(reference.dtype).removeprefix("torch."),
+        "examples": [asdict(example) for example in reference.data.examples],
     }
     write_bytes(folder / REFERENCE_NAME, json.dumps(value).encode("utf-8"))
 
 
-def read_reference(folder: Path) -> tuple[ExampleSet, float] | None:
+def read_reference(folder: Path) -> Reference | None:
     """Read what ``write_reference`` wrote, or None where there is none.
 
     Raises:
@@ -279,7 +296,9 @@ def read_reference(folder: Path) -> tuple[ExampleSet, float] | None:
     value = read_json(folder / REFERENCE_NAME)
     try:
         examples = [_example(entry) for entry in value["examples"]]
-        return ExampleSet(examples, value["loss_name"]), float(value["loss"])
+        data = ExampleSet(examples, value["loss_name"])
+        dtype = DTYPES[value.get("dtype", "float32")]  # earlier versions did not say
+        return Reference(data, float(value["loss"]), dtype)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder / REFERENCE_NAME}: damaged: {error!r}") from error
 

@@ -139,12 +139,9 @@ def shard_names(folder: Path) -> list[str]:
     Raises:
         CheckpointError: There is none, one is missing, or a name leaves the folder.
     """
-    indexes = sorted(path.name for path in folder.glob("*.safetensors.index.json"))
-    if len(indexes) > 1 and INDEX_NAME not in indexes:
-        raise CheckpointError(f"{folder}: expected one index, found {', '.join(indexes)}")
-    if not indexes:
+    index = index_of(folder)
+    if index is None:
         return [_single_file(folder)]
-    index = folder / (INDEX_NAME if INDEX_NAME in indexes else indexes[0])
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: expected a weight_map, found none")
@@ -156,6 +153,20 @@ def shard_names(folder: Path) -> list[str]:
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder / name}: expected this shard, not found")
     return names
+
+
+def index_of(folder: Path) -> Path | None:
+    """Return the index of a folder of shards, None where there is none.
+
+    Raises:
+        CheckpointError: There are several.
+    """
+    indexes = sorted(path.name for path in folder.glob("*.safetensors.index.json"))
+    if len(indexes) > 1 and INDEX_NAME not in indexes:
+        raise CheckpointError(f"{folder}: expected one index, found {', '.join(indexes)}")
+    if not indexes:
+        return None
+    return folder / (INDEX_NAME if INDEX_NAME in indexes else indexes[0])
 
 
 def _single_file(folder: Path) -> str:

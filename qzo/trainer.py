@@ -50,7 +50,7 @@ from qzo.ranks import Ranks, Wish
 from qzo.replay import adapter_config, apply_journal, check_fingerprint
 from qzo.result import DivergedError, Result, StoppedError, ahead_warnings
 from qzo.rewards import WRITTEN, ObjectiveName, RewardFunction, check_objective, reward_name
-from qzo.run_folder import header_of, open_journal, with_base, write_reference
+from qzo.run_folder import Reference, header_of, open_journal, with_base, write_reference
 from qzo.sections import sections_of
 from qzo.snapshots import BEST_NAME, Snapshots, read_snapshot
 from qzo.training_step import Measured, TrainingSteps
@@ -420,12 +420,13 @@ class Trainer:
 
     def _write_adapter(self, journal: Journal, step: int) -> None:
         tensors: dict[str, Tensor] = adapter_tensors(self.checkpoint, self.scales)
-        reference = ExampleSet(self._reference.examples, self._reference.loss)
-        loss = self._evaluation(reference, Ranks(), "loss").loss
+        scored = ExampleSet(self._reference.examples, self._reference.loss)
+        loss = self._evaluation(scored, Ranks(), "loss").loss
+        reference = Reference(self._reference, loss, self.model.dtype)
         save_adapter(
             self.folder,
             tensors,
             adapter_config(journal, self.checkpoint, step),
-            lambda: write_reference(self.folder, self._reference, loss),
+            lambda: write_reference(self.folder, reference),
         )
         apply_adapter(self.model, self.checkpoint, open_adapter(self.folder))

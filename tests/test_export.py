@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from support import gptq_files
 from support.gptq_files import GPTQVariant, write_gptq
 from support.models import logits_of, relative_error, tiny_model
 from support.nf4_files import load_bnb, read_absmax, state_of, write_bnb, write_nf4
+from support.runs import tiny_checkpoint
 from support.training import examples, scales_of, short_run, tuned_logits
 from torch import Tensor
 
@@ -418,17 +420,71 @@ def test_a_run_without_a_base_is_refused(runs: Callable[[str], Run], tmp_path: P
     )
 
 
-def test_an_adapter_with_another_loss_is_refused(
-    runs: Callable[[str], Run], tmp_path: Path
-) -> None:
-    run = copied(runs("gptq-v1"), tmp_path)
+def with_another_loss(run: Run) -> None:
     path = run.folder / "reference.json"
     value = json.loads(path.read_text())
     path.write_text(json.dumps({**value, "loss": value["loss"] + 0.03}))
-    message = refusal(run)
-    want = value["loss"] + 0.03
-    assert message.startswith(f"export: expected the trained model's loss {want:.4f} from the ")
-    assert message.endswith("; nothing was written")
+
+
+def test_an_export_with_another_loss_stays_unverified(
+    runs: Callable[[str], Run], tmp_path: Path
+) -> None:
+    run = copied(runs("gptq-v1"), tmp_path)
+    with_another_loss(run)
+    kept = tmp_path / "out.unverified"
+    for _ in range(2):  # a second try replaces the first
+        with pytest.raises(CheckpointError) as error:
+            qzo.export(run.folder, run.out)
+        assert re.fullmatch(
+            r"export: expected the trained model's loss \S+ up to 0\.02 from the exported files, "
+            rf"got \S+ in float32 on cpu; the files are in {kept}: compare them with qzo eval, or "
+            r"export with --no-verify",
+            str(error.value),
+        )
+        assert not run.out.exists()
+    assert stored(kept) == stored(runs("gptq-v1").out)
+    assert names_of(kept) == names_of(runs("gptq-v1").out)
+
+
+def test_an_export_need_not_be_verified(runs: Callable[[str], Run], tmp_path: Path) -> None:
+    run = copied(runs("gptq-v1"), tmp_path)
+    with_another_loss(run)
+    result = qzo.export(run.folder, run.out, verify=False)
+    assert (result.trained_loss, result.exported_loss) == (None, None)
+    assert stored(run.out) == stored(runs("gptq-v1").out)
+    assert names_of(tmp_path) == {"base", "run", "out"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_run_in_half_precision_is_compared_in_its_dtype(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    base = tiny_checkpoint(tmp_path / "base", gain=16.0)  # rounding moves a loss by 0.01 to 0.08
+    short_run(qzo.load(base, dtype), tmp_path / "run")
+    alike = qzo.export(tmp_path / "run", tmp_path / "alike")
+    limited = qzo.export(tmp_path / "run", tmp_path / "limited", memory_limit="2GiB")
+    single = qzo.export(tmp_path / "run", tmp_path / "single", dtype=torch.float32)
+
+    name = str(dtype).removeprefix("torch.")
+    assert json.loads((tmp_path / "run" / "reference.json").read_text())["dtype"] == name
+    assert alike.exported_loss != single.exported_loss
+    assert limited.exported_loss == pytest.approx(alike.exported_loss, abs=0.2)
+    assert stored(tmp_path / "limited") == stored(tmp_path / "single") == stored(tmp_path / "alike")
+
+
+def test_the_check_streams_within_a_limit(runs: Callable[[str], Run], tmp_path: Path) -> None:
+    run = runs("gptq-v1")
+    with pytest.raises(CheckpointError) as error:
+        qzo.export(run.folder, tmp_path / "small", memory_limit="1MiB")
+    assert re.fullmatch(
+        r"memory_limit: expected at least .*; raise it, or lower --dtype to float16 or bfloat16; "
+        rf"the files are in {tmp_path}/small\.unverified: check them with another --device, "
+        "--dtype or --memory-limit, or export with --no-verify",
+        str(error.value),
+    )
+    least = str(error.value).split("at least ")[1].split("GiB")[0]
+    result = qzo.export(run.folder, tmp_path / "out", memory_limit=f"{least}GiB")
+    assert result.exported_loss == pytest.approx(result.trained_loss, abs=0.02)
 
 
 def test_an_adapter_without_a_layer_exports_the_scales_of_its_base(
@@ -459,8 +515,15 @@ def test_an_adapter_of_another_shape_is_refused(runs: Callable[[str], Run], tmp_
     assert names_of(tmp_path) == before
 
 
-@pytest.mark.parametrize("interruption", [KeyboardInterrupt, MemoryError])
-@pytest.mark.parametrize("step", ["write_safetensors", "_rewrite_configs", "_compare"])
+@pytest.mark.parametrize(
+    ("step", "interruption"),
+    [
+        ("write_safetensors", KeyboardInterrupt),
+        ("write_safetensors", MemoryError),
+        ("_rewrite_configs", MemoryError),
+        ("check_export", KeyboardInterrupt),
+    ],
+)
 def test_an_interrupted_export_leaves_nothing(
     runs: Callable[[str], Run],
     tmp_path: Path,
@@ -477,6 +540,21 @@ def test_an_interrupted_export_leaves_nothing(
     with pytest.raises(interruption):
         qzo.export(run.folder, tmp_path / "out")
     assert names_of(tmp_path) == set()
+
+
+def test_files_that_could_not_be_checked_are_kept(
+    runs: Callable[[str], Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
+
+    monkeypatch.setattr(import_module("qzo.export"), "check_export", full)
+    with pytest.raises(
+        CheckpointError, match=r"^CUDA out of memory\. Tried to allocate 2 GiB; the f"
+    ):
+        qzo.export(runs("gptq-v1").folder, tmp_path / "out")
+    assert names_of(tmp_path) == {"out.unverified"}
+    assert stored(tmp_path / "out.unverified") == stored(runs("gptq-v1").out)
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(
@@ -508,6 +586,30 @@ def test_an_empty_folder_is_filled(runs: Callable[[str], Run], tmp_path: Path) -
     (tmp_path / "out").mkdir()
     qzo.export(runs("gptq-v1").folder, tmp_path / "out")
     assert stored(tmp_path / "out") == stored(runs("gptq-v1").out)
+
+
+def test_an_export_has_what_loads_it_and_nothing_else(
+    runs: Callable[[str], Run], tmp_path: Path
+) -> None:
+    run = copied(runs("gptq-sharded"), tmp_path)
+    others = [".env", "pytorch_model.bin", "notes.txt", "modeling_own.py", "adapter_config.json"]
+    others += ["adapter_model.safetensors", "model.fp16.safetensors.index.json", "README.txt"]
+    needed = ["chat_template.jinja", "additional_chat_templates/tool_use.jinja", "tokenizer.model"]
+    needed += ["preprocessor_config.json", "special_tokens_map.json", "NOTICE"]
+    for name in (*others, *needed):
+        (run.base / name).parent.mkdir(exist_ok=True)
+        (run.base / name).write_text("{}")
+    config = json.loads((run.base / "config.json").read_text())
+    auto_map = {"AutoConfig": "modeling_own.Config"}
+    (run.base / "config.json").write_text(json.dumps({**config, "auto_map": auto_map}))
+
+    qzo.export(run.folder, run.out)
+
+    files = {str(p.relative_to(run.out)) for p in run.out.rglob("*") if p.is_file()}
+    base = {str(p.relative_to(run.base)) for p in run.base.rglob("*") if p.is_file()}
+    assert files == base - set(others)
+    assert json.loads((run.out / "config.json").read_text()) == config
+    assert stored(run.out) == stored(runs("gptq-sharded").out)
 
 
 def test_the_scales_of_a_layer_are_the_tuned_ones(runs: Callable[[str], Run]) -> None:
