@@ -14,9 +14,8 @@ def _available_cuda_bytes(device: torch.device) -> int:
 
 def cuda_index(device: torch.device) -> int:
     """Return the number of a CUDA device; some of torch's functions do not take plain ``cuda``."""
-    if device.index is None:  # type: ignore[redundant-expr]  # torch's types leave None out
-        return torch.cuda.current_device()
-    return device.index
+    index: int | None = getattr(device, "index", None)  # torch's types leave None out
+    return torch.cuda.current_device() if index is None else index
 
 
 def available_bytes(device: torch.device) -> int | None:

@@ -61,13 +61,13 @@ def _limit(checkpoint: Path, keys: dict[str, object]) -> tuple[int, int]:
     """Return a limit that leaves room for half of the codes, and the bytes of all."""
     values = {"model": str(checkpoint), "output_dir": "unused", **keys}
     values |= {"per_device_train_batch_size": 8, "max_length": 41}
-    streaming, other = planned_bytes(
+    planned = planned_bytes(
         recipe(values),
         open_checkpoint(checkpoint),
         [examples_for(checkpoint)],
         torch.device(str(keys["device"])),
     )
-    return other + streaming // 2, streaming
+    return planned.other + planned.streaming // 2, planned.streaming
 
 
 if __name__ == "__main__":
