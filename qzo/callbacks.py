@@ -50,6 +50,17 @@ class Events:
         handle = getattr(self._handler, f"on_{event}")
         self._control = handle(self._arguments, self._state, self._control, **details)
 
+    def evaluated(self, done: int, total: int) -> None:
+        """Tell how many examples of an evaluation are done, and of how many."""
+        self._control = self._handler.call_event(
+            "on_prediction_step",
+            self._arguments,
+            self._state,
+            self._control,
+            done=done,
+            total=total,
+        )
+
     @property
     def wants_stop(self) -> bool:
         """A callback asked for the end of training."""

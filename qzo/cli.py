@@ -73,9 +73,10 @@ def _fail(message: str) -> None:
 
 
 def _quiet_libraries() -> None:
-    """Keep libraries from writing between our lines."""
+    """Keep libraries from writing between our lines; a download shows its bar on a terminal."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if "--json" in sys.argv or not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -308,6 +309,7 @@ def evaluate(
     from qzo.inference import load_for_inference
     from qzo.model import load_tokenizer, quant_linears
     from qzo.placement import placement
+    from qzo.progress import loading_progress
     from qzo.recipe_file import read_labelling
 
     lower = _lower("--batch-size", batch_size, "--max-length", max_length)
@@ -328,7 +330,8 @@ def evaluate(
             labelling=labelling,
         )
         shape = evaluation_shape(examples, batch_size, MAX_NEW_TOKENS)
-        model = load_for_inference(opened, place, shape, adapter=tuned)
+        with loading_progress(_stderr, is_silent=as_json) as loading:
+            model = load_for_inference(opened, place, shape, adapter=tuned, progress=loading)
         live = quant_linears(model)[0].live
         generator = None
         if examples.is_generation:
@@ -436,6 +439,7 @@ def generate(
     from qzo.inference import load_for_inference
     from qzo.model import load_tokenizer
     from qzo.placement import placement
+    from qzo.progress import loading_progress
 
     lower = _lower("--max-new-tokens", max_new_tokens)
     with stdout_for(as_json) as print_json, hardware_errors(f"{lower}; {_STREAM}"):
@@ -445,13 +449,15 @@ def generate(
         tokenizer = load_tokenizer(opened.folder)
         room = int(opened.config.get("max_position_embeddings", 2048))
         tokens = len(encode_prompt(tokenizer, prompt, max_length=room))
-        model = load_for_inference(
-            opened,
-            place,
-            BatchShape(rows=1, tokens=tokens, generated=max_new_tokens),
-            adapter=tuned,
-            lower="--max-new-tokens",
-        )
+        with loading_progress(_stderr, is_silent=as_json) as loading:
+            model = load_for_inference(
+                opened,
+                place,
+                BatchShape(rows=1, tokens=tokens, generated=max_new_tokens),
+                adapter=tuned,
+                lower="--max-new-tokens",
+                progress=loading,
+            )
         text = run(model, tokenizer, prompt, max_new_tokens=max_new_tokens)
         if as_json:
             print_json({"prompt": prompt, "completion": text})

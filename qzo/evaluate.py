@@ -96,7 +96,8 @@ def evaluate(
         live: What its layers see: the scales to evaluate.
         data: What to evaluate on.
         batch_size: Examples of one forward.
-        progress: Called with the examples done and their number.
+        progress: Called with the examples done and their number; once more where answers are
+            generated.
         ranks: The processes that split the batches; all of them get the results.
         generator: Writes the answers, where the data or the objective asks for them.
         objective: What is trained on.
@@ -117,7 +118,7 @@ def evaluate(
         names += ["reward"] if objective == "reward" else []
         judges = [make_judge(name, data, reward) for name in names]
         assert generator is not None
-        columns = _judged(generator, data.questions, judges, batch_size, ranks)
+        columns = _judged(generator, data.questions, judges, batch_size, progress, ranks)
         for name, values in zip(names, columns, strict=True):
             result[name], result[f"{name}_se"] = mean_and_error(values)
     if objective != "loss":
@@ -175,6 +176,7 @@ def _judged(
     questions: Sequence[Question],
     judges: Sequence[Judge],
     batch_size: int,
+    progress: Callable[[int, int], None] | None,
     ranks: Ranks,
 ) -> list[list[float]]:
     """Return what each judge says of the answers to all questions; like lengths run together."""
@@ -184,6 +186,8 @@ def _judged(
     def values(number: int) -> list[float]:
         batch = [questions[i] for i in batches[number]]
         (texts,) = generator.write([[question.prompt for question in batch]])
+        if progress is not None:
+            progress(sum(map(len, batches[: number + 1])), len(order))
         return [judge(q, t) for q, t in zip(batch, texts, strict=True) for judge in judges]
 
     flat = ranks.share([len(batch) * len(judges) for batch in batches], values)

@@ -1,5 +1,6 @@
 """Progress on the terminal: loss, derivative, clip rate and time left."""
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -8,12 +9,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-_MANY_LAYERS = 200  # of a model that takes more than a moment to load
+_PATIENCE = 1.0  # seconds until a bar appears: what is over by then needs none
 
 
 @contextmanager
-def loading_progress(console: Console, *, is_silent: bool) -> Iterator[Callable[[int, int], None]]:
-    """Give a function that shows how many layers of a model are in place, and of how many.
+def loading_progress(console: Console, *, is_silent: bool) -> Iterator[Callable[..., None]]:
+    """Give a function that shows how many layers of a model are done, and of how many.
 
     Args:
         console: Where to; nothing is shown where it is no terminal.
@@ -21,12 +22,14 @@ def loading_progress(console: Console, *, is_silent: bool) -> Iterator[Callable[
     """
     bar = Progress(console=console, transient=True)
     task = bar.add_task("loading", total=None)
+    started = time.monotonic()
 
-    def show(done: int, total: int) -> None:
-        if is_silent or not console.is_terminal or total < _MANY_LAYERS:
+    def show(done: int, total: int, name: str = "loading") -> None:
+        is_soon_over = time.monotonic() - started < _PATIENCE
+        if is_silent or not console.is_terminal or is_soon_over:
             return
         bar.start()
-        bar.update(task, completed=done, total=total)
+        bar.update(task, completed=done, total=total, description=name)
         if done == total:  # a terminal has room for one bar: training's comes next
             bar.stop()
 
@@ -47,12 +50,12 @@ class ProgressCallback(TrainerCallback):
     def __init__(self, console: Console) -> None:
         self._console = console
         self._progress = Progress(
-            TextColumn("training"),
+            TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[numbers]}"),
-            TextColumn("time left"),
             TimeRemainingColumn(),
+            TextColumn("left"),
             console=console,
         )
 
@@ -73,7 +76,8 @@ class ProgressCallback(TrainerCallback):
     ) -> None:
         """Start the bar."""
         self._first = state.global_step  # of this call: a run may go on
-        self._task = self._progress.add_task("", total=state.max_steps, numbers="")
+        self._task = self._progress.add_task("training", total=state.max_steps, numbers="")
+        self._evaluation = self._progress.add_task("evaluating", numbers="", visible=False)
         self._progress.update(self._task, completed=state.global_step)
         self._progress.start()
 
@@ -108,6 +112,18 @@ class ProgressCallback(TrainerCallback):
             done, seconds = state.global_step, shown.get("seconds", 0.0)
             left = seconds / max(done - self._first, 1) * (state.max_steps - done)
             self._console.print(f"step {done}/{state.max_steps}  {numbers}  {left:.0f} s left")
+
+    def on_prediction_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        done: int = 0,
+        total: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Show how many examples are evaluated."""
+        self._progress.update(self._evaluation, completed=done, total=total, visible=done != total)
 
     def on_evaluate(
         self,

@@ -1,7 +1,7 @@
 """From a recipe to a trained run: the only place where configuration meets data and model."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from qzo.files import read_json, write_bytes, write_json
 from qzo.hardware_errors import hardware_errors
 from qzo.interrupts import explained_bus_errors
 from qzo.journal import NAME as JOURNAL_NAME
-from qzo.model import Progress, load_checkpoint, load_tokenizer
+from qzo.model import load_checkpoint, load_tokenizer
 from qzo.placement import device_of, placement
 from qzo.plot import plot_run
 from qzo.ranks import Ranks
@@ -30,11 +30,13 @@ from qzo.run_folder import BASE_ORIGIN_NAME, check_new
 from qzo.run_memory import less_memory, run_budget
 from qzo.trainer import Trainer
 
+LayerProgress = Callable[..., None]
+
 
 def train(
     recipe: Recipe,
     callbacks: Sequence[TrainerCallback] = (),
-    progress: Progress | None = None,
+    progress: LayerProgress | None = None,
 ) -> Result | None:
     """Train as a recipe says, and write everything that belongs into the run folder.
 
@@ -44,7 +46,8 @@ def train(
     Args:
         recipe: What to do.
         callbacks: transformers callbacks.
-        progress: See ``load_checkpoint``.
+        progress: Told how many layers are quantized or in place, of how many, and, unless a model
+            is loaded, what is done.
 
     Returns:
         What the run ended with; None in all processes but the first.
@@ -53,7 +56,7 @@ def train(
         recipe = recipe.model_copy(update={"resume_from_checkpoint": True})
     ranks = Ranks.join(device_of(recipe.device))
     try:
-        checkpoint = _base(recipe, ranks)
+        checkpoint = _base(recipe, ranks, progress)
         tensors = checkpoint.tensors
         with explained_bus_errors({checkpoint.folder / name for name in tensors.files.values()}):
             return _train(recipe, checkpoint, ranks, callbacks, progress)
@@ -61,7 +64,7 @@ def train(
         ranks.leave()
 
 
-def _base(recipe: Recipe, ranks: Ranks) -> Checkpoint:
+def _base(recipe: Recipe, ranks: Ranks, progress: LayerProgress | None) -> Checkpoint:
     if recipe.quantize is not None and ranks.size > 1:
         raise ConfigError(
             "quantize: expected a 4-bit model where several processes train; run qzo quantize first"
@@ -71,7 +74,7 @@ def _base(recipe: Recipe, ranks: Ranks) -> Checkpoint:
         recipe.resume_from_checkpoint and (run / JOURNAL_NAME).exists()
     ):
         check_new(run)  # before it takes minutes
-    return base_checkpoint(recipe)
+    return base_checkpoint(recipe, progress)
 
 
 def _train(
@@ -79,7 +82,7 @@ def _train(
     checkpoint: Checkpoint,
     ranks: Ranks,
     callbacks: Sequence[TrainerCallback],
-    progress: Progress | None,
+    progress: LayerProgress | None,
 ) -> Result | None:
     reward = reward_of(recipe)
     _ = checkpoint.digests  # read in the background; the journal will need them
@@ -116,7 +119,7 @@ def load_model(
     recipe: Recipe,
     checkpoint: Checkpoint,
     sets: Sequence[ExampleSet],
-    progress: Progress | None = None,
+    progress: LayerProgress | None = None,
 ) -> PreTrainedModel:
     """Load the model of a recipe; its blocks stream where memory says so.
 
@@ -131,8 +134,13 @@ def load_model(
     return load_checkpoint(checkpoint, place.dtype, place.device, budget=budget, progress=progress)
 
 
-def base_checkpoint(recipe: Recipe) -> Checkpoint:
-    """Open the base; with ``quantize`` it is made first, in ``output_dir/base``."""
+def base_checkpoint(recipe: Recipe, progress: LayerProgress | None = None) -> Checkpoint:
+    """Open the base; with ``quantize`` it is made first, in ``output_dir/base``.
+
+    Args:
+        recipe: What to do.
+        progress: Told how many layers are quantized, of how many, and what is done.
+    """
     if recipe.quantize is None:
         return open_checkpoint(recipe.model, recipe.revision)
     from qzo.quantize import quantize
@@ -148,9 +156,17 @@ def base_checkpoint(recipe: Recipe) -> Checkpoint:
         run.mkdir(parents=True, exist_ok=True)
         write_json(origin_path, origin)
         quantize(
-            recipe.model, folder, QuantizeSettings(format=recipe.quantize), revision=recipe.revision
+            recipe.model,
+            folder,
+            QuantizeSettings(format=recipe.quantize),
+            revision=recipe.revision,
+            progress=None if progress is None else _named(progress),
         )
     return open_checkpoint(folder)
+
+
+def _named(progress: LayerProgress) -> LayerProgress:
+    return lambda done, total, _layer: progress(done, total, "quantizing")
 
 
 def _check_origin(

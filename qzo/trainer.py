@@ -253,6 +253,7 @@ class Trainer:
                 self._live,
                 data,
                 batch_size=self.config.per_device_eval_batch_size,
+                progress=self._events.evaluated,
                 ranks=ranks,
                 generator=self._generator or self._make_generator(data),
                 objective=objective,

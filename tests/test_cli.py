@@ -1,7 +1,9 @@
 import io
 import json
 import math
+import os
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +25,11 @@ from support.runs import (
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from typer.main import get_command
 
+from qzo import cli, run
 from qzo.checks import Check, Status
 from qzo.cli import app
 from qzo.doctor import Report
-from qzo.progress import ProgressCallback
+from qzo.progress import ProgressCallback, loading_progress
 from qzo.recipe_file import read_recipe
 from qzo.run import base_checkpoint
 
@@ -296,6 +299,59 @@ def test_the_time_left_counts_the_steps_of_this_call_alone() -> None:
 
     text: str = shown.file.getvalue()  # type: ignore[attr-defined]
     assert text.startswith("step 92/100  loss 1.0000  derivative nan  clipped 0%  16 s left\n")
+
+
+def test_an_evaluation_inside_a_run_shows_its_progress(place: Place, tmp_path: Path) -> None:
+    told: list[tuple[int, int | None]] = []
+
+    class Noted(ProgressCallback):
+        def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
+            told.append((kwargs["done"], kwargs["total"]))
+            super().on_prediction_step(*args, **kwargs)
+
+    recipe = write_recipe(
+        tmp_path / "r.yaml",
+        place.base,
+        place.data,
+        tmp_path / "run",
+        **{"eval_data": str(place.data), "num_eval_examples": 8, "per_device_eval_batch_size": 3},
+    )
+    shown = Console(file=io.StringIO(), force_terminal=True, width=100)
+    with Noted(shown) as callback:
+        run.train(read_recipe(recipe), [callback])
+
+    assert told[:3] == [(3, 8), (6, 8), (8, 8)]  # before the first step
+    assert "evaluating" in shown.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_a_bar_appears_where_loading_takes_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    def shown(patience: float, **keys: bool) -> str:
+        monkeypatch.setattr("qzo.progress._PATIENCE", patience)
+        console = Console(file=io.StringIO(), force_terminal=True, width=100)
+        with loading_progress(console, **{"is_silent": False, **keys}) as show:
+            show(1, 2, "quantizing")
+            show(2, 2, "quantizing")
+        text: str = console.file.getvalue()  # type: ignore[attr-defined]
+        return text
+
+    assert "quantizing" in shown(0.0)
+    assert shown(60.0) == shown(0.0, is_silent=True) == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "is_terminal", "is_quiet"),
+    [(["eval"], True, False), (["eval", "--json"], True, True), (["eval"], False, True)],
+)
+def test_a_download_shows_its_bar_on_a_terminal_alone(
+    monkeypatch: pytest.MonkeyPatch, arguments: list[str], is_terminal: bool, is_quiet: bool
+) -> None:
+    monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS", raising=False)
+    monkeypatch.setattr(sys, "argv", ["qzo", *arguments])
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal, raising=False)
+
+    cli._quiet_libraries()
+
+    assert ("HF_HUB_DISABLE_PROGRESS_BARS" in os.environ) is is_quiet
 
 
 def test_replay_writes_an_earlier_step(qzo: Run, place: Place, tmp_path: Path) -> None:
