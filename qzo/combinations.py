@@ -1,12 +1,16 @@
-"""What one key of a recipe says of another: combinations that are refused, in words."""
+"""What one key of a recipe says of another: combinations that are refused, in words.
 
+A key that is set where nothing reads it is refused as well; ``without_effect`` finds those.
+"""
+
+import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 from qzo.config import Recipe, ZOConfig
 from qzo.coordinates import BY_FACTORS
-from qzo.direction_settings import problem_of
+from qzo.direction_settings import LOW_RANK, problem_of
 from qzo.errors import ConfigError
 from qzo.estimators import make_estimator
 from qzo.memory import parse_memory
@@ -20,15 +24,15 @@ def check_together(values: Recipe) -> None:
     """
     if values.reward is not None and values.objective != "reward":
         raise ConfigError(
-            f"reward: expected none with objective {values.objective!r}, got {values.reward!r}; "
-            "set objective: reward"
+            f"reward has no effect with objective: {values.objective}; remove it or set objective: "
+            "reward"
         )
     if values.memory_limit is not None:
         parse_memory(values.memory_limit, "memory_limit")
     if values.prompt == "none" and values.task is None:
         raise ConfigError(
-            "prompt: expected a task whose template is left out, got 'none' without a task; "
-            "own data has the prompts that it holds"
+            "prompt has no effect without a task: own data has the prompts that it holds; remove "
+            "it or set task"
         )
     if values.task is not None and values.labelling.is_given:
         key, got = next((k, v) for k, v in asdict(values.labelling).items() if v is not None)
@@ -37,85 +41,91 @@ def check_together(values: Recipe) -> None:
             f"prompts and answers; leave out {key}, or the task"
         )
     zo = values.zo
-    problem = problem_of(zo.direction, zo.coordinates, zo.direction_settings)
+    problem = problem_of(zo.direction, zo.coordinates, zo.direction_settings, prefix="zo.")
     if problem is not None:
-        raise ConfigError(f"zo.{problem}")
-    if zo.optimizer == "lozo_momentum" and zo.direction != "lozo":
-        raise ConfigError(
-            f"zo.optimizer: expected 'lozo_momentum' with zo.direction 'lozo' only, got "
-            f"{zo.direction!r}; use 'momentum'"
-        )
-    if values.zo.estimator == "per_example" and values.zo.coordinates not in BY_FACTORS:
-        raise ConfigError(
-            f"zo.estimator: expected 'spsa' in {values.zo.coordinates!r} coordinates, got "
-            f"'per_example', which needs one of {', '.join(BY_FACTORS)}"
-        )
-    _check_unread(values.zo)
+        raise ConfigError(problem)
+    _check_effect(zo)
     _check_estimator(values)
-    _check_optimizer(values.zo)
+    _check_optimizer(zo)
     _check_exact(values)
-    _check_depth(values.zo)
-    _check_layer_scaling(values.zo)
-    _check_tuned(values.zo)
+    _check_depth(zo)
+    _check_layer_scaling(zo)
+    _check_tuned(zo)
 
 
 # Keys that another one decides about: with which of its values they are read.
-_READ_WITH: dict[str, tuple[str, tuple[object, ...]]] = {
-    **dict.fromkeys(
-        ("examples_per_direction", "sides", "normalize", "normalize_over"),
-        ("estimator", ("per_example",)),
-    ),
-    "momentum": ("optimizer", ("momentum", "lozo_momentum")),
-    "meazo_beta": ("optimizer", ("meazo",)),
-    "meazo_epsilon": ("optimizer", ("meazo",)),
-    "hizoo_alpha": ("optimizer", ("hizoo",)),
-    "conmezo_angle": ("optimizer", ("conmezo",)),
-    "conmezo_beta": ("optimizer", ("conmezo",)),
-    "layer_scaling_rule": ("layer_scaling", ("param_norm", "grad_norm")),
-    "first_order_share": ("first_order_layers", ("profile",)),
-    **dict.fromkeys(("lora_rank", "lora_alpha", "lora_modules"), ("tuned", ("lora",))),
-    "prefix_tokens": ("tuned", ("prefix",)),
-}
+_READ_WITH: list[tuple[tuple[str, ...], str, tuple[object, ...]]] = [
+    (("examples_per_direction", "sides"), "estimator", ("per_example",)),
+    (("normalize", "normalize_over"), "estimator", ("per_example",)),
+    (("normalize_over",), "normalize", (True,)),
+    (("momentum",), "optimizer", ("momentum", "lozo_momentum")),
+    (("meazo_beta", "meazo_epsilon"), "optimizer", ("meazo",)),
+    (("hizoo_alpha",), "optimizer", ("hizoo",)),
+    (("conmezo_angle", "conmezo_beta"), "optimizer", ("conmezo",)),
+    (("layer_scaling_rule",), "layer_scaling", ("param_norm", "grad_norm")),
+    (("first_order_share",), "first_order_layers", ("profile",)),
+    (("first_order_blocks",), "first_order_layers", ("last",)),
+    (("lora_rank", "lora_alpha", "lora_modules"), "tuned", ("lora",)),
+    (("prefix_tokens",), "tuned", ("prefix",)),
+    (("modules", "stretch"), "tuned", ("scales",)),
+    (("depth",), "num_blocks", (None,)),
+]
 
 
-def _check_unread(zo: ZOConfig) -> None:
+def _check_effect(zo: ZOConfig) -> None:
     """Refuse keys that say something where nothing reads them.
 
     Raises:
         ConfigError: There is such a key.
     """
-    for key, why in _unread(zo).items():
-        default, got = ZOConfig.model_fields[key].default, getattr(zo, key)
-        raise ConfigError(f"zo.{key}: expected {default!r} {why.format(got=repr(got))}")
+    for key, why in without_effect(zo).items():
+        raise ConfigError(f"zo.{key} has no effect {why}")
 
 
 def without_unread(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return a ``zo`` block of an older run with the defaults of the keys that nothing reads."""
-    unread = _unread(ZOConfig(**values))
+    unread = without_effect(ZOConfig(**values))
     return {**values, **{key: ZOConfig.model_fields[key].default for key in unread}}
 
 
-def _unread(zo: ZOConfig) -> dict[str, str]:
-    """Return the keys that are set and not read, each with the end of its message."""
-    found = {}
-    for key, (decider, with_values) in _READ_WITH.items():
+def without_effect(zo: ZOConfig) -> dict[str, str]:
+    """Return the keys that are set and that nothing reads, each with the end of its message."""
+    found: dict[str, str] = {}
+    for keys, decider, readers in _READ_WITH:
         chosen = getattr(zo, decider)
-        if chosen not in with_values and _is_set(zo, key):
-            readers = " or ".join(repr(value) for value in with_values)
-            found[key] = f"with {chosen!r}, got {{got}}; only {readers} reads it"
-    of_adam = zo.optimizer == "adam" or (zo.has_first_order and zo.first_order_optimizer == "adam")
-    others = {
-        **dict.fromkeys(("adam_beta1", "adam_beta2", "adam_epsilon"), (of_adam, "adam")),
-        **dict.fromkeys(
-            ("first_order_optimizer", "first_order_learning_rate"),
-            (zo.has_first_order, "first-order blocks"),
-        ),
-        "unquantized_factor": (bool(zo.unquantized), "zo.unquantized"),
-        "normalize_over": (zo.normalize, "zo.normalize"),
-    }
-    for key, (is_read, reader) in others.items():
-        if not is_read and key not in found and _is_set(zo, key):
-            found[key] = f"without {reader}, which reads it, got {{got}}"
+        if chosen not in readers:
+            what = " or ".join(map(_shown, readers))
+            why = f"with zo.{decider}: {_shown(chosen)}; remove it or set zo.{decider}: {what}"
+            found = {**dict.fromkeys(keys, why), **found}
+    found |= _without_effect_otherwise(zo)
+    return {key: why for key, why in found.items() if _is_set(zo, key)}
+
+
+def _without_effect_otherwise(zo: ZOConfig) -> dict[str, str]:
+    """Return the keys that nothing reads where more than one value of one key decides."""
+    found: dict[str, str] = {}
+    if zo.optimizer != "adam" and not (zo.has_first_order and zo.first_order_optimizer == "adam"):
+        why = "without Adam, which reads it; remove it or set zo.optimizer: adam"
+        found |= dict.fromkeys(("adam_beta1", "adam_beta2", "adam_epsilon"), why)
+    if not zo.has_first_order:
+        why = "without first-order blocks; remove it or set zo.first_order_blocks"
+        found |= dict.fromkeys(("first_order_optimizer", "first_order_learning_rate"), why)
+    if not zo.unquantized:
+        found["unquantized_factor"] = (
+            "without zo.unquantized; remove it or set zo.unquantized to what it is a factor of"
+        )
+    if zo.tuned == "lora":
+        found["modules"] = "with zo.tuned: lora; remove it or set zo.lora_modules instead"
+    if zo.estimator == "forward_gradient":
+        found["max_loss_difference"] = (
+            "with zo.estimator: forward_gradient, which measures slopes and no loss differences; "
+            "remove it or set another zo.estimator"
+        )
+    if zo.optimizer == "conservative":
+        found["num_directions"] = (
+            "with zo.optimizer: conservative, which tries a step along one direction; remove it or "
+            "set another zo.optimizer"
+        )
     return found
 
 
@@ -123,41 +133,53 @@ def _is_set(zo: ZOConfig, key: str) -> bool:
     return bool(getattr(zo, key) != ZOConfig.model_fields[key].default)
 
 
+def _shown(value: object) -> str:
+    """Return a value as it stands in a recipe."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
 def _check_estimator(values: Recipe) -> None:
     zo = values.zo
+    if zo.estimator == "per_example" and zo.coordinates not in BY_FACTORS:
+        raise ConfigError(
+            f"zo.coordinates: {zo.coordinates} cannot be combined with zo.estimator: per_example: "
+            f"a direction for every few examples needs one of {', '.join(BY_FACTORS)}; set "
+            "zo.estimator: spsa or zo.coordinates: row"
+        )
     make_estimator(zo.estimator, values.estimator_settings)  # checks them
 
 
 # The estimators that an optimizer works with, where it needs one, and why.
 _ESTIMATORS = {
-    "hizoo": (("spsa", "spsa_1_5"), "which measures the curvature along a direction"),
-    "conmezo": (("spsa",), "two-sided probes along directions that the whole batch shares"),
-    "conservative": (("spsa", "one_sided"), "whose directions the whole batch shares"),
+    "hizoo": (("spsa", "spsa_1_5"), "it measures the curvature along a direction"),
+    "conmezo": (("spsa",), "it needs two-sided probes along directions of the whole batch"),
+    "conservative": (("spsa", "one_sided"), "it needs directions of the whole batch"),
 }
 
 
 def _check_optimizer(zo: ZOConfig) -> None:
+    with_it = f"cannot be combined with zo.optimizer: {zo.optimizer}"
+    if zo.optimizer == "lozo_momentum" and zo.direction != "lozo":
+        raise ConfigError(
+            f"zo.direction: {zo.direction} {with_it}: its momentum lies in the subspace of LOZO; "
+            "set zo.direction: lozo or zo.optimizer: momentum"
+        )
     allowed, reason = _ESTIMATORS.get(zo.optimizer, ((zo.estimator,), ""))
     if zo.estimator not in allowed:
         raise ConfigError(
-            f"zo.estimator: expected {' or '.join(map(repr, allowed))} with the optimizer "
-            f"{zo.optimizer!r}, {reason}, got {zo.estimator!r}"
+            f"zo.estimator: {zo.estimator} {with_it}: {reason}; set zo.estimator: "
+            f"{' or '.join(allowed)}"
         )
     for key in ("sparsity", "blocks_per_step"):
         if zo.optimizer == "conmezo" and getattr(zo, key) is not None:
             raise ConfigError(
-                f"zo.{key}: expected none with the optimizer 'conmezo', whose momentum moves every "
-                f"value in every step, got {getattr(zo, key)}"
+                f"zo.{key} {with_it}: its momentum moves every value in every step; remove zo.{key}"
+                " or set another zo.optimizer"
             )
-    if zo.optimizer == "conservative" and zo.num_directions != 1:
-        raise ConfigError(
-            "zo.num_directions: expected 1 with the optimizer 'conservative', which tries a step "
-            f"along one direction, got {zo.num_directions}"
-        )
     if zo.optimizer == "conservative" and zo.layer_scaling != "none":
         raise ConfigError(
-            "zo.layer_scaling: expected 'none' with the optimizer 'conservative', whose steps go "
-            f"where probes went, got {zo.layer_scaling!r}"
+            f"zo.layer_scaling: {zo.layer_scaling} {with_it}: its steps go where probes went; set "
+            "zo.layer_scaling: none or another zo.optimizer"
         )
 
 
@@ -168,62 +190,60 @@ def _check_exact(values: Recipe) -> None:
         ConfigError: There is such a thing.
     """
     zo = values.zo
-    is_forward = zo.estimator == "forward_gradient"
-    if values.objective != "loss" and (is_forward or zo.has_first_order):
+    if zo.estimator == "forward_gradient":
+        exact, other = "zo.estimator: forward_gradient", "set another zo.estimator"
+    elif zo.has_first_order:
+        exact, other = "first-order blocks", "remove the keys zo.first_order_*"
+    else:
+        return
+    with_it = f"cannot be combined with {exact}"
+    if values.objective != "loss":
         raise ConfigError(
-            f"objective: expected 'loss' with exact derivatives, got {values.objective!r}, which "
-            "has none"
+            f"objective: {values.objective} {with_it}: it has no derivative; set objective: loss, "
+            f"or {other}"
         )
-    if is_forward and zo.max_loss_difference is not None:
+    if values.memory_limit is not None:
         raise ConfigError(
-            "zo.max_loss_difference: expected none with 'forward_gradient', which measures slopes "
-            f"and no loss differences, got {zo.max_loss_difference}"
+            f"memory_limit {with_it}: exact derivatives need more memory than forward passes; "
+            f"remove memory_limit, or {other}"
         )
-    if values.memory_limit is not None and (is_forward or zo.has_first_order):
+    if zo.tuned != "scales":
         raise ConfigError(
-            "memory_limit: expected none with exact derivatives, which need more memory than "
-            f"forward passes, got {values.memory_limit!r}; leave it out, or choose another "
-            "zo.estimator and no first-order blocks"
+            f"zo.tuned: {zo.tuned} {with_it}: exact derivatives are those of scales; set "
+            f"zo.tuned: scales, or {other}"
         )
-    if zo.has_first_order and zo.blocks_per_step is not None:
+    if zo.unquantized:
         raise ConfigError(
-            "zo.blocks_per_step: expected none with exact gradients, whose blocks would be among "
-            f"those that are chosen, got {zo.blocks_per_step}"
+            f"zo.unquantized {with_it}: exact derivatives are those of scales; remove "
+            f"zo.unquantized, or {other}"
         )
-    if zo.first_order_layers == "profile" and zo.first_order_blocks:
+    if zo.has_first_order:
+        _check_first_order(zo)
+
+
+def _check_first_order(zo: ZOConfig) -> None:
+    if zo.blocks_per_step is not None:
         raise ConfigError(
-            "zo.first_order_blocks: expected 0 with zo.first_order_layers 'profile', which finds "
-            f"the number, got {zo.first_order_blocks}"
+            "zo.blocks_per_step cannot be combined with first-order blocks: it would choose from "
+            "these too; remove zo.blocks_per_step or the keys zo.first_order_*"
         )
     if zo.num_blocks is not None and zo.first_order_blocks > zo.num_blocks:
         raise ConfigError(
             f"zo.first_order_blocks: expected at most zo.num_blocks, {zo.num_blocks}, got "
             f"{zo.first_order_blocks}"
         )
-    needs_rate = zo.has_first_order and zo.first_order_optimizer == "sgd"
-    if needs_rate and zo.first_order_learning_rate is None:
+    if zo.first_order_optimizer == "sgd" and zo.first_order_learning_rate is None:
         raise ConfigError(
-            "zo.first_order_learning_rate: expected a number with zo.first_order_optimizer 'sgd', "
-            "got none"
-        )
-    if (is_forward or zo.has_first_order) and (zo.tuned != "scales" or zo.unquantized):
-        key, got = ("tuned", zo.tuned) if zo.tuned != "scales" else ("unquantized", zo.unquantized)
-        raise ConfigError(
-            f"zo.{key}: expected scales alone with exact derivatives, got {got!r}; leave it out"
+            "zo.first_order_learning_rate: expected a number with zo.first_order_optimizer: sgd, "
+            "which has no default, got null; set it"
         )
 
 
 def _check_depth(zo: ZOConfig) -> None:
-    if zo.depth is None:
-        return
-    first, stop = zo.depth
-    if zo.num_blocks is not None:
+    if zo.depth is not None and zo.depth[0] >= zo.depth[1]:
         raise ConfigError(
-            f"zo.num_blocks: expected none with zo.depth {[first, stop]}, got {zo.num_blocks}"
-        )
-    if first >= stop:
-        raise ConfigError(
-            f"zo.depth: expected two parts of the depth, the smaller one first, got {[first, stop]}"
+            "zo.depth: expected two parts of the depth, the smaller one first, got "
+            f"{list(zo.depth)}"
         )
 
 
@@ -238,38 +258,41 @@ def _check_layer_scaling(zo: ZOConfig) -> None:
     left_alone = {
         "zo.blocks_per_step": zo.blocks_per_step is not None,
         "zo.sparsity": zo.sparsity is not None,
-        "zo.first_order_blocks": zo.has_first_order,
+        "first-order blocks": zo.has_first_order,
     }
     for key, is_set in left_alone.items():
         if is_set:
             raise ConfigError(
-                f"zo.layer_scaling: expected 'none' or 'param_norm' with {key}, got 'grad_norm', "
-                "which moves every layer to measure it"
+                f"zo.layer_scaling: grad_norm cannot be combined with {key}: it moves every layer "
+                "to measure it; set zo.layer_scaling: param_norm or none"
             )
 
 
 def _check_tuned(zo: ZOConfig) -> None:
+    """Refuse what goes with scales where something else is trained.
+
+    Raises:
+        ConfigError: There is such a key.
+    """
     if zo.tuned == "scales":
         return
-    if zo.direction in {"lozo", "subzero"}:
+    with_it = f"cannot be combined with zo.tuned: {zo.tuned}"
+    if zo.direction in LOW_RANK:
         raise ConfigError(
-            f"zo.direction: expected 'rademacher' or 'gaussian' with zo.tuned {zo.tuned!r}, got "
-            f"{zo.direction!r}, which factorizes matrices of scales"
+            f"zo.direction: {zo.direction} {with_it}: it factorizes matrices of scales; set "
+            "zo.direction: rademacher or gaussian"
         )
     if zo.mask == "magnitude":
         raise ConfigError(
-            f"zo.mask: expected 'random' with zo.tuned {zo.tuned!r}, got 'magnitude', which is "
-            "that of scales"
+            f"zo.mask: magnitude {with_it}: the magnitudes are those of scales; set zo.mask: random"
         )
-    for key in ("unquantized", "modules", "stretch"):
-        hint = "; use zo.lora_modules" if (zo.tuned, key) == ("lora", "modules") else ""
-        if getattr(zo, key):
-            raise ConfigError(
-                f"zo.{key}: expected none with zo.tuned {zo.tuned!r}, got {getattr(zo, key)}; "
-                f"it goes with 'scales'{hint}"
-            )
+    if zo.unquantized:
+        raise ConfigError(
+            f"zo.unquantized {with_it}: norms, biases and head are trained beside scales; remove "
+            "zo.unquantized or set zo.tuned: scales"
+        )
     if zo.layer_scaling != "none":
         raise ConfigError(
-            f"zo.layer_scaling: expected 'none' with zo.tuned {zo.tuned!r}, got "
-            f"{zo.layer_scaling!r}; it goes with 'scales'"
+            f"zo.layer_scaling: {zo.layer_scaling} {with_it}: it is for layers whose scales are "
+            "trained; set zo.layer_scaling: none or zo.tuned: scales"
         )

@@ -1,7 +1,7 @@
 """The keys of a recipe: what `qzo train` is told. Names follow transformers' TrainingArguments.
 
-``recipe_file`` reads them, ``defaults`` fills in what a preset or an estimator says, and
-``combinations`` checks what one key says of another.
+``recipe_file`` reads them, ``defaults`` puts a preset under them and fills in what follows from
+others, and ``combinations`` checks what one key says of another.
 """
 
 import math
@@ -185,7 +185,8 @@ class Recipe(BaseModel):
     template: str | None = None
     label_words: LabelWords | None = None
     quantize: Literal["nf4", "gptq"] | None = None
-    preset: Literal["default", "paper"] = "default"
+    # Values under those of the recipe, see qzo/defaults.py; none: the defaults that stand here.
+    preset: Literal["default", "paper", "none"] = "default"
 
     max_steps: Int = Field(default=500, ge=1)
     learning_rate: Float = Field(default=5e-2, gt=0)
@@ -230,6 +231,11 @@ class Recipe(BaseModel):
         return Labelling(self.text_column, self.label_column, self.template, self.label_words)
 
     @property
+    def examples_per_step(self) -> int:
+        """Examples of a step, of all its micro-batches and processes together."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+    @property
     def estimator_settings(self) -> dict[str, Any]:
         """The arguments of the estimator."""
         zo = self.zo
@@ -239,12 +245,11 @@ class Recipe(BaseModel):
             settings["measures_curvature"] = True
         if zo.estimator != "per_example":
             return settings
-        num_examples = self.per_device_train_batch_size * self.gradient_accumulation_steps
         own = {"examples_per_direction": zo.examples_per_direction, "sides": zo.sides}
         return {
             **settings,
             **own,
-            "num_examples": num_examples,
+            "num_examples": self.examples_per_step,
             "normalized_over": zo.normalize_over if zo.normalize else None,
         }
 

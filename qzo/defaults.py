@@ -1,18 +1,19 @@
-"""What a recipe holds where it does not say: by its preset, its estimator and what is trained.
+"""What a recipe holds where it does not say: presets, and defaults that follow from other keys.
+
+A preset is a dictionary of values under those of the recipe: a key of the recipe replaces the
+preset's value for that key, and nothing else. A value of the preset that the other keys leave
+without effect (``sides`` with another estimator) is dropped; one of the recipe is refused.
 
 - ``paper``: QZO as published (arXiv 2505.13430, section 4.1).
-- ``default``: multipliers on the rows of values and attention outputs behind the first third of the
-  blocks; for every two examples eight directions of their own, each loss against the others. What
-  a recipe names itself is left alone, be it with the value it would have had: where
-  ``zo.estimator`` is named, the estimator's part of this does not apply; where coordinates, blocks,
-  modules or ``tuned`` are, the layers' part does not, and all layers are trained unless it says
-  which ones.
+- ``default``: what did best at equal forwards, recipes/BENCHMARKS.md.
+- ``none``: no values; every key has the default of its own.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
-from qzo.coordinates import BY_FACTORS
+from qzo.combinations import without_effect
+from qzo.config import Recipe, ZOConfig
 from qzo.errors import ConfigError
 
 # What an estimator takes if the recipe names no learning rate: their steps differ in length.
@@ -54,23 +55,22 @@ _LEARNING_RATES = {
 
 _EPSILONS = {"prefix": 1e-1}  # MeZO, as above
 
-# Measured: recipes/BENCHMARKS.md. Two examples of a stratified batch differ in class, and what
-# their gradients have in common but for its sign cancels.
-_DEFAULT_ESTIMATOR = {"estimator": "per_example", "sides": "leave_one_out", "num_directions": 8}
-# Values and outputs of the attention by the names of the common architectures, behind the first
-# blocks, where the gradients of examples agree least. Chosen by trial: recipes/LOG.md.
-_DEFAULT_LAYERS = {
-    "modules": ["v_proj", "o_proj", "out_proj", "value", "attention.dense", "attn.c_proj"],
-    "depth": [0.33, 1.0],
-}
-_EXAMPLES = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 1}
-_CHOICES_OF_LAYERS = {
-    *("coordinates", "modules", "depth", "num_blocks", "tuned", "unquantized"),
-    *("first_order_blocks", "first_order_layers"),
-}
-
 PRESETS: dict[str, dict[str, Any]] = {
-    "default": {},  # see ``_default_zo``
+    "default": {
+        "zo": {
+            # Two examples of a stratified batch differ in class, and what their gradients have in
+            # common but for its sign cancels.
+            "estimator": "per_example",
+            "sides": "leave_one_out",
+            "num_directions": 8,
+            "examples_per_direction": 2,  # 1 where a step has an odd number of examples
+            # Values and outputs of the attention by the names of the common architectures, behind
+            # the first decoder layers, where the gradients of examples agree least. Chosen by
+            # trial: recipes/LOG.md.
+            "modules": ["v_proj", "o_proj", "out_proj", "value", "attention.dense", "attn.c_proj"],
+            "depth": [0.33, 1.0],
+        },
+    },
     "paper": {  # its learning rate, 1e-7, is that of absolute scales in the table above
         "lr_scheduler_type": "constant",
         "per_device_train_batch_size": 16,
@@ -83,11 +83,12 @@ PRESETS: dict[str, dict[str, Any]] = {
             "max_loss_difference": 0.2,  # C = 100: 2 * epsilon * C
         },
     },
+    "none": {},
 }
 
 
-def with_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Fill in what the preset says, and what goes with the estimator and what is trained.
+def with_preset(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Put the values of the preset under those of a recipe.
 
     Raises:
         ConfigError: There is no such preset, or ``zo`` holds no keys.
@@ -98,28 +99,36 @@ def with_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
     zo = values.get("zo", {})
     if not isinstance(zo, Mapping) or not all(isinstance(key, str) for key in zo):
         raise ConfigError(f"zo: expected keys and values, got {type(zo).__name__}")
-    defaults = PRESETS[preset]
-    zo = {**(_default_zo(values, zo) if preset == "default" else defaults["zo"]), **zo}
-    tuned = zo.get("tuned", "scales")
-    place = zo.get("coordinates", "row") if tuned == "scales" else tuned
-    estimator = zo.get("estimator", "per_example")
-    if estimator == "per_example" and zo.get("normalize") is False:
+    under = PRESETS[preset]
+    return {**under, **values, "zo": {**under.get("zo", {}), **zo}}
+
+
+def settled(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
+    """Give the keys that a recipe leaves out what goes with those that it names.
+
+    Args:
+        recipe: With the values of its preset.
+        values: What was written.
+    """
+    given = values.get("zo", {})
+    preset = PRESETS[recipe.preset].get("zo", {})
+    dropped = [key for key in preset if key not in given and key in without_effect(recipe.zo)]
+    changes = {key: ZOConfig.model_fields[key].default for key in dropped}
+    if "examples_per_direction" in preset.keys() - given.keys() and recipe.examples_per_step % 2:
+        changes["examples_per_direction"] = 1
+    if "epsilon" not in preset and "epsilon" not in given:
+        changes["epsilon"] = _EPSILONS.get(recipe.zo.tuned, recipe.zo.epsilon)
+    zo = recipe.zo.model_copy(update=changes)
+    rate = recipe.learning_rate if "learning_rate" in values else learning_rate_of(zo)
+    return recipe.model_copy(update={"zo": zo, "learning_rate": rate})
+
+
+def learning_rate_of(zo: ZOConfig) -> float:
+    """Return the learning rate of an estimator and of what it trains."""
+    place = zo.coordinates if zo.tuned == "scales" else zo.tuned
+    estimator: str = zo.estimator
+    if estimator == "per_example" and not zo.normalize:
         estimator = "per_example, as measured"
-    elif zo.get("sides") == "leave_one_out":
+    elif zo.sides == "leave_one_out":
         estimator = "leave_one_out"
-    rates = (r for key, r in _LEARNING_RATES.items() if key == (estimator, place))
-    rate = next(rates, 5e-2)  # of names that are refused later
-    zo = {**({"epsilon": _EPSILONS[place]} if place in _EPSILONS else {}), **zo}
-    return {"learning_rate": rate, **defaults, **values, "zo": zo}
-
-
-def _default_zo(values: Mapping[str, Any], zo: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what preset ``default`` adds to the choices of a recipe."""
-    result: dict[str, Any] = {}
-    if "estimator" not in zo and zo.get("coordinates", "row") in BY_FACTORS:
-        sizes = [values.get(key, size) for key, size in _EXAMPLES.items()]
-        is_even = any(type(size) is int and size % 2 == 0 for size in sizes)
-        result |= {**_DEFAULT_ESTIMATOR, "examples_per_direction": 2 if is_even else 1}
-    if not _CHOICES_OF_LAYERS & set(zo):
-        result |= _DEFAULT_LAYERS
-    return result
+    return _LEARNING_RATES.get((estimator, place), 5e-2)  # 5e-2 of what is refused later

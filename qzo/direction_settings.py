@@ -89,55 +89,67 @@ def basis_steps_of(
     return _BASIS_STEPS.get(direction, 1 if is_shared else None)
 
 
-def problem_of(direction: str, coordinates: str, settings: DirectionSettings) -> str | None:
-    """Say what is wrong with settings, as ``key: expected X, got Y``; None: nothing."""
+def problem_of(
+    direction: str, coordinates: str, settings: DirectionSettings, *, prefix: str = ""
+) -> str | None:
+    """Say what is wrong with settings; None: nothing.
+
+    Args:
+        direction: Name of the law.
+        coordinates: Of the trained vector.
+        settings: Of the law.
+        prefix: What stands in front of the keys.
+    """
     if direction in LOW_RANK:
-        return _low_rank_problem(direction, coordinates, settings)
+        return _low_rank_problem(direction, coordinates, settings, prefix)
     if settings.rank is not None:
-        return f"rank: expected none with {direction!r}, got {settings.rank}; {_have('a rank')}"
-    return _mask_problem(coordinates, settings) or _blocks_problem(settings)
+        return (
+            f"{prefix}rank has no effect with {prefix}direction: {direction}; remove it or set "
+            f"{prefix}direction: lozo or subzero"
+        )
+    return _mask_problem(coordinates, settings, prefix) or _blocks_problem(settings, prefix)
 
 
-def _have(what: str) -> str:
-    return f"'lozo' and 'subzero' have {what}"
-
-
-def _low_rank_problem(direction: str, coordinates: str, settings: DirectionSettings) -> str | None:
+def _low_rank_problem(
+    direction: str, coordinates: str, settings: DirectionSettings, prefix: str
+) -> str | None:
+    name, other = f"{prefix}direction: {direction}", f"{prefix}direction: rademacher or gaussian"
     if coordinates in BY_FACTORS:
         return (
-            f"direction: expected 'rademacher' or 'gaussian' in {coordinates!r} coordinates, got "
-            f"{direction!r}; use 'absolute' or 'relative', where a layer has a matrix of values"
+            f"{name} cannot be combined with {prefix}coordinates: {coordinates}: a layer has no "
+            f"matrix of trained values there; set {prefix}coordinates: absolute or relative, or "
+            f"{other}"
         )
     if settings.rank is None or not 1 <= settings.rank <= RANK_MAX:
-        return f"rank: expected a number from 1 to {RANK_MAX}, got {settings.rank}"
+        return f"{prefix}rank: expected a number from 1 to {RANK_MAX}, got {settings.rank}"
     for key in ("sparsity", "mask", "blocks_per_step"):
-        value = getattr(settings, key)
-        if value is not None:
+        if getattr(settings, key) is not None:
             return (
-                f"{key}: expected none with {direction!r}, got {value!r}; use 'rademacher' or "
-                "'gaussian'"
+                f"{prefix}{key} cannot be combined with {name}: it perturbs whole matrices in all "
+                f"layers; remove {prefix}{key} or set {other}"
             )
     return None
 
 
-def _mask_problem(coordinates: str, settings: DirectionSettings) -> str | None:
+def _mask_problem(coordinates: str, settings: DirectionSettings, prefix: str) -> str | None:
     if settings.sparsity is None:
         if settings.mask is not None:
-            return f"mask: expected a sparsity beside it, got {settings.mask!r} alone"
+            return f"{prefix}mask has no effect without {prefix}sparsity; remove it or set both"
         return None
     if not 0 <= settings.sparsity < 1:
-        return f"sparsity: expected a number from 0 to below 1, got {settings.sparsity}"
+        return f"{prefix}sparsity: expected a number from 0 to below 1, got {settings.sparsity}"
     if settings.mask is None:
-        return f"mask: expected one of {list(MASKS)} with a sparsity, got none"
+        return f"{prefix}mask: expected one of {list(MASKS)} with a sparsity, got none"
     if settings.mask == "magnitude" and coordinates in BY_FACTORS:
         return (
-            f"mask: expected 'random' in {coordinates!r} coordinates, got 'magnitude'; use "
-            "'absolute' or 'relative', where every value has a scale of the file"
+            f"{prefix}mask: magnitude cannot be combined with {prefix}coordinates: {coordinates}: "
+            f"a trained value has no scale of the file there; set {prefix}mask: random, or "
+            f"{prefix}coordinates: absolute or relative"
         )
     return None
 
 
-def _blocks_problem(settings: DirectionSettings) -> str | None:
+def _blocks_problem(settings: DirectionSettings, prefix: str) -> str | None:
     if settings.blocks_per_step is not None and settings.blocks_per_step < 1:
-        return f"blocks_per_step: expected a number above 0, got {settings.blocks_per_step}"
+        return f"{prefix}blocks_per_step: expected a number above 0, got {settings.blocks_per_step}"
     return None

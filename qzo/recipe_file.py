@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from qzo.combinations import check_together
 from qzo.config import Recipe, ZOConfig
-from qzo.defaults import with_defaults
+from qzo.defaults import settled, with_preset
 from qzo.direction_settings import basis_steps_of
 from qzo.errors import ConfigError
 from qzo.labelled import Labelling
@@ -45,9 +45,14 @@ class _Loader(yaml.SafeLoader):
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a YAML recipe and apply ``key=value`` overrides (``zo.epsilon=0.01``).
 
+    The recipe that lies in a run folder holds the values of its preset already: a key that it
+    lacks was not there yet, and has the default of its own.
+
     A file or value that cannot be used is a ConfigError that names the key.
     """
     values = read_keys(path)
+    if path.name == "recipe.yaml" and (path.parent / "journal.jsonl").exists():
+        values["preset"] = "none"
     for override in overrides:
         _set(values, override)
     return recipe(values)
@@ -82,9 +87,10 @@ def recipe(values: Mapping[str, Any]) -> Recipe:
         ConfigError: A key is unknown, missing or has a value that cannot be used.
     """
     try:
-        result = Recipe.model_validate(with_defaults(values))
+        result = Recipe.model_validate(with_preset(values))
     except ValidationError as error:
         raise ConfigError(_first_problem(error)) from error
+    result = settled(result, values)
     check_together(result)
     return _with_basis_steps(result)
 

@@ -107,6 +107,7 @@ _FREE = {
     *("logging_steps", "save_steps", "save_total_limit", "per_device_eval_batch_size"),
     *("eval_steps", "eval_data", "num_eval_examples", "load_best_model_at_end"),
     *("memory_limit", "journal_sync_steps", "generation_batch_size"),
+    "preset",  # its values are in the other keys
 }
 # Keys in which the processes of one run may differ.
 _OWN = {"output_dir", "resume_from_checkpoint", "device", "model", "data", "eval_data", "report_to"}

@@ -436,15 +436,14 @@ def test_gradients_have_no_compact_form(tmp_path: Path, straight: dict[str, Path
         (
             {"first_order_blocks": 1},
             {"memory_limit": "4GiB"},
-            "memory_limit: expected none with exact derivatives, which need more memory than "
-            "forward passes, got '4GiB'; leave it out, or choose another "
-            "zo.estimator and no first-order blocks",
+            "memory_limit cannot be combined with first-order blocks: exact derivatives need more "
+            "memory than forward passes; remove memory_limit, or remove the keys zo.first_order_*",
         ),
         (
             {"first_order_blocks": 1, "first_order_layers": "profile"},
             {},
-            "zo.first_order_blocks: expected 0 with zo.first_order_layers 'profile', which finds "
-            "the number, got 1",
+            "zo.first_order_blocks has no effect with zo.first_order_layers: profile; remove it or "
+            "set zo.first_order_layers: last",
         ),
         (
             {"first_order_blocks": 3, "num_blocks": 2},
@@ -454,14 +453,14 @@ def test_gradients_have_no_compact_form(tmp_path: Path, straight: dict[str, Path
         (
             {"first_order_blocks": 1, "first_order_optimizer": "sgd"},
             {},
-            "zo.first_order_learning_rate: expected a number with zo.first_order_optimizer 'sgd', "
-            "got none",
+            "zo.first_order_learning_rate: expected a number with zo.first_order_optimizer: sgd, "
+            "which has no default, got null; set it",
         ),
         (
             {"estimator": "forward_gradient", "max_loss_difference": 0.2},
             {},
-            "zo.max_loss_difference: expected none with 'forward_gradient', which measures slopes "
-            "and no loss differences, got 0.2",
+            "zo.max_loss_difference has no effect with zo.estimator: forward_gradient, which "
+            "measures slopes and no loss differences; remove it or set another zo.estimator",
         ),
     ],
 )

@@ -580,39 +580,49 @@ def test_settings_read_as_they_were_written(law: str) -> None:
 
 SPSA = {"estimator": "spsa", "coordinates": "relative"}
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"rank": 2}, "zo.rank: expected none with 'rademacher', got 2; 'lozo' and 'subzero' have a "
-        "rank"),
+    ({"rank": 2}, "zo.rank has no effect with zo.direction: rademacher; remove it or set "
+        "zo.direction: lozo or subzero"),
     ({**SPSA, "direction": "lozo", "rank": 1025}, "zo.rank: expected a number less than or equal "
         "to 1024, got 1025"),
-    ({"direction": "lozo"}, "zo.direction: expected 'rademacher' or 'gaussian' in 'row' "
-        "coordinates, got 'lozo'; use 'absolute' or 'relative', where a layer has a matrix of "
-        "values"),
-    ({**SPSA, "direction": "subzero", "sparsity": 0.5}, "zo.sparsity: expected none with "
-        "'subzero', got 0.5; use 'rademacher' or 'gaussian'"),
-    ({**SPSA, "direction": "lozo", "blocks_per_step": 1}, "zo.blocks_per_step: expected none with "
-        "'lozo', got 1; use 'rademacher' or 'gaussian'"),
-    ({"mask": "random"}, "zo.mask: expected a sparsity beside it, got 'random' alone"),
+    ({"direction": "lozo"}, "zo.direction: lozo cannot be combined with zo.coordinates: row: a "
+        "layer has no matrix of trained values there; set zo.coordinates: absolute or relative, or "
+        "zo.direction: rademacher or gaussian"),
+    ({**SPSA, "direction": "subzero", "sparsity": 0.5}, "zo.sparsity cannot be combined with "
+        "zo.direction: subzero: it perturbs whole matrices in all layers; remove zo.sparsity or "
+        "set zo.direction: rademacher or gaussian"),
+    ({**SPSA, "direction": "lozo", "blocks_per_step": 1}, "zo.blocks_per_step cannot be combined "
+        "with zo.direction: lozo: it perturbs whole matrices in all layers; remove "
+        "zo.blocks_per_step or set zo.direction: rademacher or gaussian"),
+    ({"mask": "random"}, "zo.mask has no effect without zo.sparsity; remove it or set both"),
     ({"sparsity": 1.0}, "zo.sparsity: expected a number less than 1, got 1.0"),
-    ({"sparsity": 0.5, "mask": "magnitude"}, "zo.mask: expected 'random' in 'row' coordinates, got "
-        "'magnitude'; use 'absolute' or 'relative', where every value has a scale of the file"),
+    ({"sparsity": 0.5, "mask": "magnitude"}, "zo.mask: magnitude cannot be combined with "
+        "zo.coordinates: row: a trained value has no scale of the file there; set zo.mask: random, "
+        "or zo.coordinates: absolute or relative"),
     ({"blocks_per_step": 0}, "zo.blocks_per_step: expected a number greater than or equal to 1, "
         "got 0"),
-    ({"optimizer": "lozo_momentum"}, "zo.optimizer: expected 'lozo_momentum' with zo.direction "
-        "'lozo' only, got 'rademacher'; use 'momentum'"),
-    ({**SPSA, "tuned": "lora", "direction": "lozo"}, "zo.direction: expected 'rademacher' or "
-        "'gaussian' with zo.tuned 'lora', got 'lozo', which factorizes matrices of scales"),
-    ({**SPSA, "tuned": "prefix", "sparsity": 0.5, "mask": "magnitude"}, "zo.mask: expected "
-        "'random' with zo.tuned 'prefix', got 'magnitude', which is that of scales"),
-    ({"blocks_per_step": 1, "first_order_blocks": 1}, "zo.blocks_per_step: expected none with "
-        "exact gradients, whose blocks would be among those that are chosen, got 1"),
-    ({"estimator": "spsa", "optimizer": "conmezo", "sparsity": 0.5}, "zo.sparsity: expected none "
-        "with the optimizer 'conmezo', whose momentum moves every value in every step, got 0.5"),
-    ({"estimator": "spsa", "optimizer": "conmezo", "blocks_per_step": 1}, "zo.blocks_per_step: "
-        "expected none with the optimizer 'conmezo', whose momentum moves every value in every "
-        "step, got 1"),
-    *(({key: value, "layer_scaling": "grad_norm"}, "zo.layer_scaling: expected 'none' or "
-        f"'param_norm' with zo.{key}, got 'grad_norm', which moves every layer to measure it")
-        for key, value in (("blocks_per_step", 1), ("sparsity", 0.5), ("first_order_blocks", 1))),
+    ({"optimizer": "lozo_momentum"}, "zo.direction: rademacher cannot be combined with "
+        "zo.optimizer: lozo_momentum: its momentum lies in the subspace of LOZO; set zo.direction: "
+        "lozo or zo.optimizer: momentum"),
+    ({**SPSA, "tuned": "lora", "direction": "lozo"}, "zo.direction: lozo cannot be combined with "
+        "zo.tuned: lora: it factorizes matrices of scales; set zo.direction: rademacher or "
+        "gaussian"),
+    ({**SPSA, "tuned": "prefix", "sparsity": 0.5, "mask": "magnitude"}, "zo.mask: magnitude cannot "
+        "be combined with zo.tuned: prefix: the magnitudes are those of scales; set zo.mask: "
+        "random"),
+    ({"blocks_per_step": 1, "first_order_blocks": 1}, "zo.blocks_per_step cannot be combined with "
+        "first-order blocks: it would choose from these too; remove zo.blocks_per_step or the keys "
+        "zo.first_order_*"),
+    *(({"estimator": "spsa", "optimizer": "conmezo", key: value}, f"zo.{key} cannot be combined "
+        "with zo.optimizer: conmezo: its momentum moves every value in every step; remove "
+        f"zo.{key} or set another zo.optimizer")
+        for key, value in (("sparsity", 0.5), ("blocks_per_step", 1))),
+    *(({**keys, "layer_scaling": "grad_norm"}, "zo.layer_scaling: grad_norm cannot be combined "
+        f"with {key}: it moves every layer to measure it; set zo.layer_scaling: param_norm or none")
+        for key, keys in {
+            "zo.blocks_per_step": {"blocks_per_step": 1},
+            "zo.sparsity": {"sparsity": 0.5},
+            "first-order blocks": {"first_order_blocks": 1},
+        }.items()),
 ]  # fmt: skip
 
 

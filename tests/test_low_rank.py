@@ -250,13 +250,13 @@ def test_an_export_of_factors_is_refused(run: Run, tmp_path: Path) -> None:
     [
         (
             {"unquantized": ["norms"]},
-            r"zo.unquantized: expected none with zo.tuned 'lora', got \['norms'\]; it goes with "
-            "'scales'",
+            "zo.unquantized cannot be combined with zo.tuned: lora: norms, biases and head are "
+            "trained beside scales; remove zo.unquantized or set zo.tuned: scales",
         ),
         (
             {"modules": ["k_proj"]},
-            r"zo.modules: expected none with zo.tuned 'lora', got \['k_proj'\]; it goes with "
-            "'scales'; use zo.lora_modules",
+            "zo.modules has no effect with zo.tuned: lora; remove it or set zo.lora_modules "
+            "instead",
         ),
     ],
 )

@@ -277,7 +277,7 @@ def test_a_reward_cannot_change_the_records() -> None:
 
 
 def test_a_function_without_its_objective_is_refused(base: Path, tmp_path: Path) -> None:
-    message = "reward: expected none with objective 'loss', got 'a.py:f'; set objective: reward"
+    message = "reward has no effect with objective: loss; remove it or set objective: reward"
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
         tiny_recipe(base, tmp_path, reward="a.py:f")
 

@@ -40,7 +40,7 @@ from qzo.tasks import examples_from_file, load_task
 
 RECORD_NAME = "cell.json"
 
-_FREE = {"output_dir", "resume_from_checkpoint", "report_to"}
+_FREE = {"output_dir", "resume_from_checkpoint", "report_to", "preset"}
 _TUNING = "tuning"  # folder of held-out examples
 _HOLD_OUT_SEED = 0
 _PART_HELD_OUT = 10  # of the training examples at most one in so many
@@ -254,7 +254,8 @@ def check_unchanged(cell: Cell) -> None:
 
 def _recipe_of_run(keys: dict[str, Any]) -> Recipe:
     zo = keys.get("zo")
-    return recipe({**keys, "zo": without_unread(zo)} if isinstance(zo, dict) else keys)
+    known = {"zo": without_unread(zo)} if isinstance(zo, dict) else {}
+    return recipe({**keys, **known, "preset": "none"})  # what it lacks was not there yet
 
 
 def _comparable(config: Recipe) -> dict[str, Any]:

@@ -108,8 +108,8 @@ def estimator_keys(coordinates: str) -> dict[str, Any]:
         ConfigError: There are no such coordinates.
     """
     keys: dict[str, dict[str, Any]] = {
-        "row": {"zo": {"coordinates": "row", "estimator": "per_example"}},
-        "relative": {"zo": {"coordinates": "relative", "estimator": "spsa"}},
+        "row": {"preset": "none", "zo": {"coordinates": "row", "estimator": "per_example"}},
+        "relative": {"preset": "none", "zo": {"coordinates": "relative", "estimator": "spsa"}},
         "absolute": {"preset": "paper"},
     }
     if coordinates not in keys:

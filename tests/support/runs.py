@@ -169,13 +169,18 @@ def _candidate_score(model: nn.Module, example: EncodedExample, candidate: Candi
 
 
 def tiny_recipe(base: Path, out: Path, **keys: Any) -> Recipe:
-    """Return a recipe of a few steps; ``keys`` replace its values."""
+    """Return a recipe of a few steps; ``keys`` replace its values.
+
+    A ``zo`` block is put over no preset, so that it trains all layers unless it says which.
+    """
     values = {
         **{"model": str(base), "output_dir": str(out), "data": "given to the trainer"},
         **{"max_steps": 6, "per_device_train_batch_size": 3, "logging_steps": 2, "max_length": 40},
     }
     if "preset" not in keys:
         keys = {"learning_rate": 1e-2, **keys}  # moves every kind of scale
+    if "zo" in keys:
+        keys = {"preset": "none", **keys}
     return qzo.recipe({**values, **keys})
 
 

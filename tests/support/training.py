@@ -26,6 +26,7 @@ def short_run(model: PreTrainedModel, folder: Path, *, steps: int = 3, **zo: Any
         "model": "given",
         "data": "given",
         "output_dir": str(folder),
+        "preset": "none",
         "max_steps": steps,
         "per_device_train_batch_size": 2,
         "learning_rate": 0.05,
