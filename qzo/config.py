@@ -77,7 +77,7 @@ class ZOConfig(BaseModel):
     num_directions: Int = Field(default=1, ge=1)
     num_blocks: Int | None = Field(default=None, ge=1)  # train the last so many decoder blocks
     depth: tuple[Part, Part] | None = None  # or those from this to before that part of the depth
-    modules: list[str] | None = None  # train layers whose names hold one of these, such as k_proj
+    modules: list[str] | None = None  # train these layers, such as k_proj; see qzo/layer_names.py
     normalize: bool = True  # per_example: derivatives have a root mean square of 1
     normalize_over: Literal["step", "group"] = "step"  # all of them, or those of each group
     max_loss_difference: Float | None = Field(default=None, gt=0)
@@ -101,7 +101,7 @@ class ZOConfig(BaseModel):
     hizoo_alpha: Float = Field(default=1e-8, ge=0, lt=1)
     conmezo_angle: Float = Field(default=1.35, ge=0, le=math.pi / 2)  # radians
     conmezo_beta: Float = Field(default=0.99, ge=0, lt=1)
-    # A factor of the directions of layers, by a part of their names; the longest part wins.
+    # A factor of the directions of layers, by names as those of modules; the longest one wins.
     stretch: dict[str, Annotated[Float, Field(gt=0)]] | None = None
     layer_scaling: Literal["none", "param_norm", "grad_norm"] = "none"
     layer_scaling_rule: Literal["variance", "expectation"] = "variance"
@@ -111,7 +111,7 @@ class ZOConfig(BaseModel):
     unquantized_factor: Float = Field(default=1.0, gt=0)  # of their directions: step factor**2
     lora_rank: Int = Field(default=8, ge=1)
     lora_alpha: Float = Field(default=16, gt=0)
-    lora_modules: list[str] = ["q_proj", "v_proj"]  # layers whose names hold one of these
+    lora_modules: list[str] = ["q_proj", "v_proj"]  # names as those of modules
     prefix_tokens: Int = Field(default=5, ge=1)
 
     # Exact gradients for the scales of the last so many trained blocks, or of as many as have a

@@ -67,7 +67,10 @@ PRESETS: dict[str, dict[str, Any]] = {
             # Values and outputs of the attention by the names of the common architectures, behind
             # the first decoder layers, where the gradients of examples agree least. Chosen by
             # trial: recipes/LOG.md.
-            "modules": ["v_proj", "o_proj", "out_proj", "value", "attention.dense", "attn.c_proj"],
+            "modules": [
+                *("v_proj", "o_proj", "out_proj", "value", "attn.c_proj"),
+                *("attention.dense", "self_attention.dense", "self_attn.dense"),
+            ],
             "depth": [0.33, 1.0],
         },
     },

@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from qzo.errors import CheckpointError, ConfigError, QZOError
+from qzo.layer_names import is_named, none_named
 from qzo.probes import Probe, layer_seed
 from qzo.scales import Scales
 
@@ -29,19 +30,16 @@ Losses = Callable[[Sequence[Probe]], Sequence[float]]
 
 
 def factors_of(names: Sequence[str], factors: Mapping[str, float]) -> list[float]:
-    """Return the factor of every layer: that of the longest part of its name; 1 without one.
+    """Return the factor of every layer: that of the longest key that names it; 1 without one.
 
     Raises:
-        ConfigError: A part is in no name.
+        ConfigError: A key names no layer.
     """
-    for part in factors:
-        if not any(part in name for name in names):
-            raise ConfigError(
-                f"zo.stretch: expected parts of the names of trained layers, got {part!r}, which "
-                f"is in none; a name is {names[0]!r}"
-            )
-    matches = [[part for part in factors if part in name] for name in names]
-    return [factors[max(parts, key=len)] if parts else 1.0 for parts in matches]
+    for key in factors:
+        if not any(is_named(name, [key]) for name in names):
+            raise ConfigError(none_named("zo.stretch", names, key))
+    matches = [[key for key in factors if is_named(name, [key])] for name in names]
+    return [factors[max(keys, key=len)] if keys else 1.0 for keys in matches]
 
 
 def gradient_norms(scales: Scales, losses: Losses, epsilon: float, seed: int) -> list[float]:
@@ -98,7 +96,7 @@ def measured_stretches(
     Args:
         scales: The trained vector; where losses are measured, it is set to where training starts.
         losses: Measures the loss at probes.
-        by_hand: Factors by a part of the names of layers.
+        by_hand: Factors by names of layers, see ``layer_names``.
         scaling: ``none``, ``param_norm`` or ``grad_norm``.
         rule: ``variance`` or ``expectation``.
         epsilon: Probe radius.

@@ -21,6 +21,7 @@ from qzo.checkpoint import Checkpoint, natural_order, open_checkpoint
 from qzo.config_counts import check_counts
 from qzo.errors import CheckpointError, ConfigError
 from qzo.files import read_json
+from qzo.layer_names import is_named, none_named
 from qzo.linear import Live, QuantLinear
 from qzo.mapped import keep_stored
 from qzo.placement import default_dtype
@@ -150,7 +151,7 @@ def trained_layers(
     Args:
         model: Model with quantized layers; its fork is moved.
         num_blocks: Train the last so many decoder blocks, None for all; and a quantized head.
-        modules: Train only layers whose names hold one of these texts, None for all.
+        modules: Train only layers that one of these names, None for all; see ``layer_names``.
         depth: Train only decoder blocks from the first to before the second part of the depth, 0 to
             1, instead of the last ones.
         key: Where the recipe says so.
@@ -178,13 +179,10 @@ def trained_layers(
         layer
         for layer in layers
         if layer in inside or layer is head
-        if modules is None or any(part in layer.name for part in modules)
+        if modules is None or is_named(layer.name, modules)
     ]
     if not chosen:
-        raise ConfigError(
-            f"{key}: expected a part of a layer's name, such as {layers[-1].name!r}, got "
-            f"{modules}; name layers of this model there"
-        )
+        raise ConfigError(none_named(key, [layer.name for layer in layers], modules))
     return chosen
 
 

@@ -32,6 +32,7 @@ from qzo.footprint import (
     with_group_size,
     zeros_bytes,
 )
+from qzo.layer_names import is_named, none_named
 from qzo.model import trained_blocks
 from qzo.optimizers import OPTIMIZERS
 from qzo.parts import Part, all_parts, num_trained
@@ -339,13 +340,11 @@ def _trained(model: PreTrainedModel, shapes: ModelShapes, workload: Workload) ->
         layer
         for layer in shapes.linears
         if layer.name.startswith(ends)
-        if modules is None or any(part in layer.name for part in modules)
+        if modules is None or is_named(layer.name, modules)
     ]
     if not linears:
-        raise ConfigError(
-            f"modules: expected a part of a layer's name, such as {shapes.linears[-1].name!r}, "
-            f"got {', '.join(modules or ())!r}"
-        )
+        names = [layer.name for layer in shapes.linears]
+        raise ConfigError(none_named("modules", names, [*modules] if modules else None))
     tokens = workload.prefix_tokens
     num_instead = tokens * values_of_token(model.config) if tokens else 0
     num_instead += workload.lora_rank * sum(x.out_features + x.in_features for x in linears)

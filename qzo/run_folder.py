@@ -112,6 +112,8 @@ _FREE = {
 # Keys in which the processes of one run may differ.
 _OWN = {"output_dir", "resume_from_checkpoint", "device", "model", "data", "eval_data", "report_to"}
 _OWN |= {"memory_limit", "generation_batch_size", "revision"}
+# Keys of ``zo`` that choose by name what the header holds: other names may choose the same.
+_BY_NAME = {"layers": "modules", "sections": "lora_modules", "stretch": "stretch"}
 # What else has to be the same, and what may be wrong if it is not.
 _COMPARED = {
     "codes_sha256": "model: codes_sha256 of the base differs from",
@@ -220,6 +222,7 @@ def _check_same(
     _check_same_commit(old, new, whose)
     if new["recipe"]["objective"] not in WRITTEN:  # nothing is written that moves the scales
         free = {*free, "max_new_tokens", "generation_stop"}
+    free = {*free, *(key for held, key in _BY_NAME.items() if old.get(held) == new.get(held))}
     recipe = shared_recipe(_with_defaults(old["recipe"]))  # earlier versions wrote whole paths
     for key, want, got in differing(recipe, new["recipe"], free):
         raise ConfigError(f"{key}: expected {want!r} as in {whose}, got {got!r}")

@@ -24,7 +24,7 @@ class Workload:
         optimizer: What moves the trained values.
         lora_rank: Of factors that are trained instead of the scales; 0 for none.
         prefix_tokens: Of a prefix that is trained instead of the scales; 0 for none.
-        modules: Only layers whose names hold one of these texts are trained; None for all.
+        modules: Only layers that one of these names are trained, see ``layer_names``; None for all.
         num_blocks: Only the last so many blocks are trained; None for all.
         max_new_tokens: Generated behind each sequence; 0: losses are computed instead.
         generation_batch_size: Sequences that are generated together; None for all.

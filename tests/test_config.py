@@ -37,7 +37,10 @@ def test_the_smallest_recipe_takes_the_defaults() -> None:
         sides="leave_one_out",
         num_directions=8,
         examples_per_direction=2,
-        modules=["v_proj", "o_proj", "out_proj", "value", "attention.dense", "attn.c_proj"],
+        modules=[
+            *("v_proj", "o_proj", "out_proj", "value", "attn.c_proj"),
+            *("attention.dense", "self_attention.dense", "self_attn.dense"),
+        ],
         depth=(0.33, 1.0),
     )
     keys: dict[str, Any] = {**SMALLEST, "learning_rate": 0.3, "zo": zo}

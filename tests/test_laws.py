@@ -616,13 +616,14 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         "with zo.optimizer: conmezo: its momentum moves every value in every step; remove "
         f"zo.{key} or set another zo.optimizer")
         for key, value in (("sparsity", 0.5), ("blocks_per_step", 1))),
-    *(({**keys, "layer_scaling": "grad_norm"}, "zo.layer_scaling: grad_norm cannot be combined "
-        f"with {key}: it moves every layer to measure it; set zo.layer_scaling: param_norm or none")
-        for key, keys in {
-            "zo.blocks_per_step": {"blocks_per_step": 1},
-            "zo.sparsity": {"sparsity": 0.5},
-            "first-order blocks": {"first_order_blocks": 1},
-        }.items()),
+    *(({key: value, "layer_scaling": "grad_norm"}, "zo.layer_scaling: grad_norm cannot be combined "
+        f"with {name}: it moves every layer to measure it; set zo.layer_scaling: param_norm or "
+        "none")
+        for key, value, name in (
+            ("blocks_per_step", 1, "zo.blocks_per_step"),
+            ("sparsity", 0.5, "zo.sparsity"),
+            ("first_order_blocks", 1, "first-order blocks"),
+        )),
 ]  # fmt: skip
 
 

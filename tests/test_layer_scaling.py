@@ -40,23 +40,23 @@ def gradient() -> torch.Tensor:
     [
         ({}, [1.0, 1.0, 1.0]),
         ({"k_proj": 3.0}, [1.0, 3.0, 3.0]),
-        ({"": 2.0, "k_proj": 3.0}, [2.0, 3.0, 3.0]),
-        ({"layers.0": 0.5, "layers.0.k_proj": 4.0}, [0.5, 4.0, 1.0]),
+        ({"q_proj": 2.0, "k_proj": 3.0}, [2.0, 3.0, 3.0]),
+        ({"k_proj": 0.5, "0.k_proj": 2.0, "layers.0.k_proj": 4.0}, [1.0, 4.0, 0.5]),
     ],
 )
-def test_the_longest_part_of_a_name_gives_its_factor(
+def test_the_longest_name_of_a_layer_gives_its_factor(
     factors: dict[str, float], want: list[float]
 ) -> None:
     assert factors_of(NAMES, factors) == want
 
 
-def test_a_part_that_is_in_no_name_is_refused() -> None:
+def test_a_name_of_no_layer_is_refused() -> None:
     reason = (
-        r"^zo.stretch: expected parts of the names of trained layers, got 'v_proj', which is in "
-        r"none; a name is 'layers.0.q_proj'$"
+        r"^zo.stretch: expected names of layers, such as 'layers.1.k_proj', or how they end behind "
+        r"a dot, got 'proj'; the ends here are k_proj, q_proj$"
     )
     with pytest.raises(ConfigError, match=reason):
-        factors_of(NAMES, {"v_proj": 1.0})
+        factors_of(NAMES, {"q_proj": 2.0, "proj": 1.0})
 
 
 def test_sizes_have_a_mean_of_one_and_a_floor() -> None:

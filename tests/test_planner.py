@@ -408,11 +408,11 @@ def test_a_backward_through_fewer_trained_layers_keeps_less(tmp_path: Path) -> N
 
 def test_a_name_of_no_layer_is_refused(tmp_path: Path) -> None:
     message = (
-        r"^modules: expected a part of a layer's name, such as 'model\.layers\.1\.mlp\.down_proj', "
-        r"got 'c_attn'$"
+        r"^modules: expected names of layers, such as 'model\.layers\.1\.mlp\.down_proj', or how "
+        r"they end behind a dot, got \['attn'\]; the ends here are down_proj, .*, v_proj$"
     )
     with pytest.raises(ConfigError, match=message):
-        plan(write_config(tmp_path, TOY, GPTQ), modules=["c_attn"])
+        plan(write_config(tmp_path, TOY, GPTQ), modules=["attn"])
 
 
 @pytest.mark.parametrize(("optimizer", "remembered"), [("sgd", 0), ("momentum", 1), ("adam", 2)])

@@ -13,7 +13,7 @@ from qzo.recipe_file import read_keys, read_recipe, recipe
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 SMALLEST: dict[str, Any] = {"model": "m", "output_dir": "o"}
-# As cb10e01 read the files that it had.
+# As cb10e01 read the files that it had; the preset `default` has names of more architectures since.
 GOLDEN: dict[str, Any] = json.loads(
     (Path(__file__).parent / "golden" / "recipes.json").read_text(encoding="utf-8")
 )

@@ -57,7 +57,7 @@ ESTIMATORS: dict[str, dict[str, Any]] = {
     },
     "conmezo": {
         **{"estimator": "spsa", "optimizer": "conmezo", "conmezo_beta": 0.5, "conmezo_angle": 1.2},
-        **{"stretch": {"o_proj": 0.5, "": 1.5}},
+        **{"stretch": {"o_proj": 0.5, "v_proj": 1.5}},
     },
     "conservative": {"estimator": "spsa", "optimizer": "conservative"},
     "sign": {"optimizer": "sign", "num_directions": 2},
