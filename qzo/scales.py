@@ -15,7 +15,7 @@ from hashlib import sha256
 from itertools import accumulate, pairwise
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -87,6 +87,7 @@ class Scales:
         # One of the layers and one of the sections: a forward pass goes through both side by side.
         self._windows: dict[bool, tuple[Sequence[Probe], int, int, Tensor]] = {}
         self.reset()
+        self._is_negative = self._negative_in_file()
 
     @classmethod
     def of_checkpoint(
@@ -150,6 +151,13 @@ class Scales:
         for i, section in enumerate(self.sections, start=len(parts)):
             parts.append(Part(section.name, self._bounds[i], self._bounds[i + 1], None))
         return parts
+
+    def _negative_in_file(self) -> Bool[Tensor, " length"] | None:
+        """Return which values of layers are negative scales of the file; None: there is none."""
+        if self.coordinates != "absolute":
+            return None  # the others are multipliers
+        is_negative = self.values[: self._bounds[len(self.names)]] < 0
+        return is_negative if is_negative.any() else None
 
     def _section_factors(self) -> list[tuple[int, int, float]]:
         bounds = pairwise(self._bounds[len(self.names) :])
@@ -262,11 +270,20 @@ class Scales:
         return result
 
     def move(self, start: int, stop: int, change: Float[Tensor, " length"]) -> None:
-        """Add to a part of the master; no value of a layer goes below 0 (QZO, algorithm 1)."""
+        """Add to a part of the master; no value of a layer crosses 0.
+
+        QZO, algorithm 1, keeps scales at 0 or above; those that are negative in the file (as in
+        checkpoints made from GGUF) stay at 0 or below.
+        """
         self._windows.clear()
         part = self.values[start:stop]
         part.add_(change)
-        part[: max(self._bounds[len(self.names)] - start, 0)].clamp_(min=0)
+        part = part[: max(self._bounds[len(self.names)] - start, 0)]
+        if self._is_negative is None:
+            part.clamp_(min=0)
+            return
+        is_negative = self._is_negative[start:stop]
+        part.copy_(torch.where(is_negative, part.clamp(max=0), part.clamp(min=0)))
 
     def fingerprint(self) -> str:
         """Return the sha256 of the master's bytes."""

@@ -220,6 +220,18 @@ def test_move_adds_to_its_part_and_stops_at_zero() -> None:
     assert scales.values[:8].tolist() == [1, 1, 1.5, 0.75, 0, 0, 1, 1]
 
 
+def test_move_keeps_the_sign_that_a_scale_has_in_the_file() -> None:
+    stored = [torch.tensor([[0.5, -0.5], [0.0, -0.25]]), torch.tensor([[-1.0]])]
+    scales = Scales(NAMES[:2], stored, coordinates="absolute", direction="rademacher")
+
+    scales.move(1, 5, torch.tensor([0.25, -0.125, 0.5, -0.5]))
+    first = scales.values.tolist()
+    scales.move(0, 5, torch.tensor([-1.0, 0.5, 0.25, -0.25, 0.75]))
+
+    assert first == [0.5, -0.25, 0, 0, -1.5]
+    assert scales.values.tolist() == [0, 0, 0.25, -0.25, -0.75]
+
+
 @pytest.mark.parametrize("size", [1, 10, 33, 100])
 def test_chunks_cover_the_vector_once(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "WINDOW", size)
