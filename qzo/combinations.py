@@ -4,9 +4,7 @@ A key that is set where nothing reads it is refused as well; ``without_effect`` 
 """
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
 
 from qzo.config import Recipe, ZOConfig
 from qzo.coordinates import BY_FACTORS
@@ -26,6 +24,11 @@ def check_together(values: Recipe) -> None:
         raise ConfigError(
             f"reward has no effect with objective: {values.objective}; remove it or set objective: "
             "reward"
+        )
+    if values.warmup_steps > 0 and values.lr_scheduler_type == "constant":
+        raise ConfigError(
+            "warmup_steps has no effect with lr_scheduler_type: constant; remove it or set "
+            "lr_scheduler_type: constant_with_warmup"
         )
     if values.memory_limit is not None:
         parse_memory(values.memory_limit, "memory_limit")
@@ -80,12 +83,6 @@ def _check_effect(zo: ZOConfig) -> None:
     """
     for key, why in without_effect(zo).items():
         raise ConfigError(f"zo.{key} has no effect {why}")
-
-
-def without_unread(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a ``zo`` block of an older run with the defaults of the keys that nothing reads."""
-    unread = without_effect(ZOConfig(**values))
-    return {**values, **{key: ZOConfig.model_fields[key].default for key in unread}}
 
 
 def without_effect(zo: ZOConfig) -> dict[str, str]:

@@ -14,7 +14,7 @@ from pydantic_core import PydanticCustomError
 from qzo.coordinates import Coordinates
 from qzo.direction_settings import RANK_MAX, RANKS, DirectionSettings, LawName, MaskName
 from qzo.labelled import Labelling, key_of
-from qzo.schedules import learning_rate
+from qzo.schedules import ScheduleName, learning_rate
 from qzo.workload import EVAL_BATCH_SIZE
 
 
@@ -190,9 +190,11 @@ class Recipe(BaseModel):
 
     max_steps: Int = Field(default=500, ge=1)
     learning_rate: Float = Field(default=5e-2, gt=0)
-    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "cosine"
+    lr_scheduler_type: ScheduleName = "cosine"
     warmup_steps: Int = Field(default=0, ge=0)
     per_device_train_batch_size: Int = Field(default=16, ge=1)
+    # Micro-batches of a step. Several processes share them, so that a run does not depend on their
+    # number; transformers takes as many in each process.
     gradient_accumulation_steps: Int = Field(default=1, ge=1)
     stratified_batches: bool = True  # classes are spread evenly over an epoch
     per_device_eval_batch_size: Int = Field(default=EVAL_BATCH_SIZE, ge=1)
@@ -204,7 +206,7 @@ class Recipe(BaseModel):
     eval_steps: Count | tuple[Count, ...] | None = None  # every so many, or after these
     save_steps: Int = Field(default=500, ge=1)
     save_total_limit: Int = Field(default=2, ge=1)
-    load_best_model_at_end: bool = True
+    load_best_model_at_end: bool = False
     seed: Int = Field(default=0, ge=0, lt=2**63)
     data_seed: Int = Field(default=0, ge=0, lt=2**63)
     report_to: str | list[str] = "none"

@@ -113,8 +113,9 @@ class Objective:
         self._ranks = ranks or Ranks()
         if num_micro_batches < self._ranks.size:
             raise ConfigError(
-                "gradient_accumulation_steps: expected at least as many micro-batches as there are "
-                f"processes, {self._ranks.size}, got {num_micro_batches}"
+                "gradient_accumulation_steps: expected at least the number of processes, "
+                f"{self._ranks.size}, got {num_micro_batches}; they share the micro-batches of a "
+                "step, and each needs one"
             )
 
     def batch(self, step: int) -> Batch:

@@ -15,6 +15,7 @@ from qzo.defaults import settled, with_preset
 from qzo.direction_settings import basis_steps_of
 from qzo.errors import ConfigError
 from qzo.labelled import Labelling
+from qzo.older_recipes import in_todays_words
 
 _BYTES_MAX = 2**20
 _OTHER_NAMES = {
@@ -45,14 +46,13 @@ class _Loader(yaml.SafeLoader):
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a YAML recipe and apply ``key=value`` overrides (``zo.epsilon=0.01``).
 
-    The recipe that lies in a run folder holds the values of its preset already: a key that it
-    lacks was not there yet, and has the default of its own.
+    The recipe that lies in a run folder is resolved; see ``older_recipes``.
 
     A file or value that cannot be used is a ConfigError that names the key.
     """
     values = read_keys(path)
     if path.name == "recipe.yaml" and (path.parent / "journal.jsonl").exists():
-        values["preset"] = "none"
+        values = in_todays_words(values)
     for override in overrides:
         _set(values, override)
     return recipe(values)

@@ -13,7 +13,6 @@ import yaml
 from qzo.adapter import unquantized_sha256
 from qzo.base import BASE_NAME, RECIPE_NAME, is_inside, shared_origin
 from qzo.checkpoint import Checkpoint
-from qzo.combinations import without_unread
 from qzo.config import Recipe
 from qzo.directions import GENERATOR
 from qzo.encoding import Candidate, EncodedExample
@@ -23,6 +22,7 @@ from qzo.files import LOCK_NAME, is_partial, read_json, write_bytes
 from qzo.hub import shared_name
 from qzo.journal import NAME as JOURNAL_NAME
 from qzo.journal import Journal
+from qzo.older_recipes import in_todays_words
 from qzo.optimizers import RULES
 from qzo.placement import DTYPES
 from qzo.ranks import Ranks
@@ -107,7 +107,6 @@ _FREE = {
     *("logging_steps", "save_steps", "save_total_limit", "per_device_eval_batch_size"),
     *("eval_steps", "eval_data", "num_eval_examples", "load_best_model_at_end"),
     *("memory_limit", "journal_sync_steps", "generation_batch_size"),
-    "preset",  # its values are in the other keys
 }
 # Keys in which the processes of one run may differ.
 _OWN = {"output_dir", "resume_from_checkpoint", "device", "model", "data", "eval_data", "report_to"}
@@ -172,7 +171,7 @@ def _open_own(config: Recipe, make_header: Callable[[], Mapping[str, Any]]) -> J
     if config.resume_from_checkpoint and path.exists():
         journal = Journal.open(path)
         header = make_header()
-        is_constant = header["recipe"]["lr_scheduler_type"] == "constant"
+        is_constant = header["recipe"]["lr_scheduler_type"] in {"constant", "constant_with_warmup"}
         free = _FREE if is_constant else _FREE - {"max_steps"}
         _check_same(journal.header, header, _COMPARED, free, "the run that is to be continued")
         _write_recipe(folder, config)
@@ -222,6 +221,7 @@ def _check_same(
     _check_same_commit(old, new, whose)
     if new["recipe"]["objective"] not in WRITTEN:  # nothing is written that moves the scales
         free = {*free, "max_new_tokens", "generation_stop"}
+    free = {*free, "preset"}  # its values are in the other keys
     free = {*free, *(key for held, key in _BY_NAME.items() if old.get(held) == new.get(held))}
     recipe = shared_recipe(_with_defaults(old["recipe"]))  # earlier versions wrote whole paths
     for key, want, got in differing(recipe, new["recipe"], free):
@@ -247,8 +247,8 @@ def _with_defaults(recipe: Mapping[str, Any]) -> dict[str, Any]:
     defaults = Recipe(model="", output_dir="").model_dump(mode="json")
     filled = {**defaults, **recipe}
     if isinstance(filled["zo"], dict):
-        filled["zo"] = without_unread({**defaults["zo"], **filled["zo"]})
-    return filled
+        filled["zo"] = {**defaults["zo"], **filled["zo"]}
+    return in_todays_words(filled)
 
 
 def differing(

@@ -5,6 +5,7 @@ from typing import Any, get_args
 
 import pytest
 import yaml
+from transformers import SchedulerType, TrainingArguments
 
 from qzo.config import Recipe, ZOConfig
 from qzo.coordinates import Coordinates
@@ -12,6 +13,7 @@ from qzo.defaults import PRESETS
 from qzo.errors import ConfigError
 from qzo.estimators import ESTIMATORS
 from qzo.recipe_file import read_recipe, recipe
+from qzo.schedules import ScheduleName
 
 SMALLEST = {"model": "base", "data": "reviews.jsonl", "output_dir": "runs/reviews"}
 
@@ -310,6 +312,28 @@ def test_no_preset_is_put_under_the_recipe_of_a_run_folder(
     assert (result.modules is None and result.depth is None) is is_run_folder
 
 
+def test_the_recipe_of_a_run_folder_may_say_what_older_versions_read(tmp_path: Path) -> None:
+    values = made(preset="none").model_dump(mode="json")
+    values |= {"lr_scheduler_type": "constant", "warmup_steps": 3}
+    values["zo"] |= {"momentum": 0.5, "lora_rank": 4}
+    path = write(tmp_path / "recipe.yaml", yaml.safe_dump(values))
+    write(tmp_path / "journal.jsonl", "")
+
+    result = read_recipe(path)
+
+    assert (result.lr_scheduler_type, result.warmup_steps) == ("constant_with_warmup", 3)
+    assert (result.zo.momentum, result.zo.lora_rank) == (0.9, 8)
+
+
+def test_names_of_transformers_have_its_defaults() -> None:
+    theirs = TrainingArguments(output_dir="out")
+
+    for key in ("load_best_model_at_end", "gradient_accumulation_steps", "warmup_steps"):
+        assert Recipe.model_fields[key].default == getattr(theirs, key)
+    names = get_args(ScheduleName)
+    assert set(names) <= {kind.value for kind in SchedulerType}
+
+
 def test_a_recipe_is_read_from_yaml(tmp_path: Path) -> None:
     path = write(
         tmp_path / "recipe.yaml",
@@ -417,6 +441,9 @@ def test_a_recipe_needs_no_data_where_the_trainer_is_given_examples() -> None:
             "preset: expected one of ['default', 'none', 'paper'], got ['paper']"),
         ({"zo": 3}, "zo: expected keys and values, got int"),
         ({"zo": None}, "zo: expected keys and values, got NoneType"),
+        ({"lr_scheduler_type": "constant", "warmup_steps": 3}, "warmup_steps has no effect with "
+            "lr_scheduler_type: constant; remove it or set lr_scheduler_type: "
+            "constant_with_warmup"),
         ({"prompt": "empty"}, "prompt: expected 'template' or 'none', got 'empty'"),
         ({"prompt": "none"}, "prompt has no effect without a task: own data has the prompts that "
             "it holds; remove it or set task"),

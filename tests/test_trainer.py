@@ -817,12 +817,14 @@ def test_a_best_snapshot_that_was_half_removed_is_replaced(
 
 
 def test_a_run_that_said_what_nothing_reads_goes_on_without_it(base: Path, tmp_path: Path) -> None:
-    keys: dict[str, Any] = {"lr_scheduler_type": "constant", "zo": {"estimator": "spsa"}}
+    keys: dict[str, Any] = {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 2}
+    keys["zo"] = {"estimator": "spsa"}
     tiny_trainer(base, tmp_path / "run", max_steps=2, **keys).train()
     path = tmp_path / "run" / "journal.jsonl"
     header, *lines = path.read_text().splitlines(keepends=True)
     values = json.loads(header)
     values["recipe"]["zo"] |= {"momentum": 0.5, "lora_rank": 4, "normalize": False}
+    values["recipe"] |= {"lr_scheduler_type": "constant", "warmup_steps": 2}
     path.write_text("".join([json.dumps(values) + "\n", *lines]))
 
     again = tiny_trainer(base, tmp_path / "run", max_steps=3, resume_from_checkpoint=True, **keys)

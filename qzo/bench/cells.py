@@ -23,7 +23,6 @@ from transformers import (
 
 from quantizers.errors import ScaleRangeError
 from qzo.bench.suite import Method, Suite, TaskEntry, with_keys
-from qzo.combinations import without_unread
 from qzo.config import Recipe
 from qzo.conservative import NUM_TRIED
 from qzo.data import hold_out, is_file, load_records
@@ -31,6 +30,7 @@ from qzo.errors import ConfigError, TrainedRangeError
 from qzo.estimators import make_estimator
 from qzo.files import write_bytes, write_json
 from qzo.model import trained_blocks
+from qzo.older_recipes import in_todays_words
 from qzo.probes import forwards_of
 from qzo.recipe_file import read_keys, recipe
 from qzo.result import DivergedError, StoppedError
@@ -241,7 +241,8 @@ def check_unchanged(cell: Cell) -> None:
     path = cell.folder / "recipe.yaml"
     if not path.exists():
         return
-    old, new = _comparable(_recipe_of_run(read_keys(path))), _comparable(cell.recipe)
+    old = _comparable(recipe(in_todays_words(read_keys(path))))
+    new = _comparable(cell.recipe)
     found = {key: (want, got) for key, want, got in differing(old, new, _FREE)}
     if not found:
         return
@@ -250,12 +251,6 @@ def check_unchanged(cell: Cell) -> None:
         f"{key}: expected {found[key][0]!r} as in the run in {cell.folder}, got {found[key][1]!r} "
         "from the suite; choose another --dir, or remove that folder"
     )
-
-
-def _recipe_of_run(keys: dict[str, Any]) -> Recipe:
-    zo = keys.get("zo")
-    known = {"zo": without_unread(zo)} if isinstance(zo, dict) else {}
-    return recipe({**keys, **known, "preset": "none"})  # what it lacks was not there yet
 
 
 def _comparable(config: Recipe) -> dict[str, Any]:

@@ -177,6 +177,7 @@ def tiny_recipe(base: Path, out: Path, **keys: Any) -> Recipe:
         **{"model": str(base), "output_dir": str(out), "data": "given to the trainer"},
         **{"max_steps": 6, "per_device_train_batch_size": 3, "logging_steps": 2, "max_length": 40},
     }
+    keys = {"load_best_model_at_end": True, **keys}
     if "preset" not in keys:
         keys = {"learning_rate": 1e-2, **keys}  # moves every kind of scale
     if "zo" in keys:
