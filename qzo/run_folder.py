@@ -112,7 +112,7 @@ _FREE = {
 _OWN = {"output_dir", "resume_from_checkpoint", "device", "model", "data", "eval_data", "report_to"}
 _OWN |= {"memory_limit", "generation_batch_size", "revision"}
 # Keys of ``zo`` that choose by name what the header holds: other names may choose the same.
-_BY_NAME = {"layers": "modules", "sections": "lora_modules", "stretch": "stretch"}
+_BY_NAME = {"layers": "modules", "sections": "lora_modules"}
 # What else has to be the same, and what may be wrong if it is not.
 _COMPARED = {
     "codes_sha256": "model: codes_sha256 of the base differs from",

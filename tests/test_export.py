@@ -661,7 +661,7 @@ def test_what_a_half_precision_run_trains_is_what_is_exported(
     write_nf4(base, tiny_model(intermediate=128))  # its scales are fp32: an export rounds nothing
     tokens = torch.randint(3, 64, (64, 60), generator=torch.Generator().manual_seed(0))
     model = qzo.load(base, dtype)
-    zo = {"optimizer": "sign", "coordinates": "row"}
+    zo = {"optimizer": "sign", "modules": None, "depth": None}
     values = {"model": "given", "data": "given", "output_dir": str(tmp_path / "run"), "zo": zo}
     settings = {"max_steps": 3, "per_device_train_batch_size": 2, "learning_rate": learning_rate}
     trainer = Trainer(model, qzo.recipe(values | settings), examples())

@@ -194,7 +194,8 @@ def short_recipe(folder: Path, steps: int, **zo: Any) -> Recipe:
     return recipe(
         {
             **{"model": "given", "data": "given", "output_dir": str(folder), "max_steps": steps},
-            **{"per_device_train_batch_size": 2, "learning_rate": 0.05, "zo": zo},
+            **{"per_device_train_batch_size": 2, "learning_rate": 0.05},
+            "zo": {"modules": None, "depth": None, **zo},
             "lr_scheduler_type": "constant",
         }
     )

@@ -19,7 +19,7 @@ from short_run import losses_of, small_checkpoint, steps_of, train
 TOLERANCES = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}
 """Nats between the device in this dtype and the CPU in float32, of a loss of the first step."""
 PAPER = {"preset": "paper"}
-ALL_LAYERS = {"zo": {"coordinates": "row", "estimator": "spsa", "num_directions": 2}}
+ALL_LAYERS = {"preset": "none", "zo": {"estimator": "spsa", "num_directions": 2}}
 REPLAYS = Path(__file__).with_name("replay_runs.py")
 RUNS: tuple[tuple[str, str, dict[str, Any], tuple[str, ...]], ...] = (
     ("gptq-default", "gptq", {}, ("float32", "float16", "bfloat16")),

@@ -24,7 +24,7 @@ from qzo.trainer import Trainer
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "paper": {"preset": "paper"},
-    "all layers, one direction": {"zo": {"coordinates": "row", "estimator": "spsa"}},
+    "all layers, one direction": {"preset": "none", "zo": {"estimator": "spsa"}},
 }
 LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernelEx")
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")

@@ -15,7 +15,7 @@ STEPS, KILLED_AFTER = 6, 3
 KEYS: dict[str, dict[str, Any]] = {
     "default": {},
     "paper": {"preset": "paper"},
-    "adam": {"zo": {"optimizer": "adam", "coordinates": "row", "estimator": "spsa"}},
+    "adam": {"preset": "none", "zo": {"optimizer": "adam", "estimator": "spsa"}},
 }
 
 
