@@ -1,11 +1,15 @@
 # make demo   sets everything up and fine-tunes a real 4-bit model on this computer
 # make test   sets everything up and passes the tests
 # make gpu    checks everything on a CUDA device in under eight minutes; report in runs/gpu
+#
+# Other versions have an environment of their own:
+#   make test PYTHON=python3.12 TORCH=torch==2.11.0
 PYTHON ?= python3
-VENV := .venv
-BIN := $(VENV)/bin
 # The version that the tests were run with. Without an NVIDIA GPU the CPU build is enough.
 TORCH ?= torch==2.13.0
+OTHER := $(filter-out python3 torch==2.13.0,$(PYTHON) $(TORCH))
+VENV := .venv$(if $(OTHER),-$(notdir $(PYTHON))-$(subst ==,-,$(TORCH)))
+BIN := $(VENV)/bin
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 .PHONY: demo gpu test test-all test-gptqmodel lint clean
@@ -77,4 +81,4 @@ $(GPTQ_VENV)/.ready: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-gptqmodel runs build *.egg-info
+	rm -rf .venv .venv-* runs build *.egg-info
