@@ -238,7 +238,7 @@ def crossing_blocks(world: World) -> None:
     shutil.rmtree(world.base)
     write_nf4(world.base, tiny_model())
     write_tokenizer(world.base)
-    change_recipe(world, zo={"coordinates": "row"})
+    change_recipe(world, zo={"modules": None, "depth": None})
 
 
 def no_base(world: World) -> None:
