@@ -35,8 +35,12 @@ from qzo.tasks import TASKS
 
 pytestmark = pytest.mark.slow  # whole runs; the file takes half a minute
 
-SPSA = {"learning_rate": 1e-2, "zo": {"estimator": "spsa", "num_directions": 2}}
+SPSA = {
+    **{"preset": "none", "learning_rate": 1e-2},
+    "zo": {"estimator": "spsa", "num_directions": 2},
+}
 ADAM = {
+    "preset": "none",
     "zo": {"estimator": "per_example", "coordinates": "row", "optimizer": "adam"},
     "grid": {"learning_rate": [1e-3, 3e-2]},
 }
@@ -310,7 +314,7 @@ def test_a_method_that_diverges_is_reported_and_the_others_go_on(
     base: Path, data: Path, tmp_path: Path
 ) -> None:
     zo = {"estimator": "per_example", "coordinates": "row", "optimizer": "sign"}
-    wild = {"learning_rate": 1e38, "zo": {**zo, "max_skipped_steps": 2}}
+    wild = {"preset": "none", "learning_rate": 1e38, "zo": {**zo, "max_skipped_steps": 2}}
     keys = suite_keys(base, data, methods={"wild": wild, "spsa": SPSA}, seeds=[0])
 
     results = run(tmp_path, keys)
@@ -632,7 +636,7 @@ def test_a_probe_of_some_examples_costs_its_share_of_a_forward() -> None:
 def test_a_larger_batch_costs_more_forwards(base: Path, data: Path, tmp_path: Path) -> None:
     keys = suite_keys(base, data)
     task = read_suite(write_suite(tmp_path / "suite.yaml", keys)).tasks[0]
-    own = {**task.fragment, "output_dir": "", "zo": {"estimator": "spsa"}}
+    own = {**task.fragment, "output_dir": "", "preset": "none", "zo": {"estimator": "spsa"}}
 
     larger = recipe({**own, "per_device_train_batch_size": 6, "gradient_accumulation_steps": 2})
 
@@ -653,7 +657,7 @@ def test_a_step_costs_what_its_run_counts(
     data: Path, tmp_path: Path, zo: dict[str, Any], cost: float
 ) -> None:
     base = tiny_checkpoint(tmp_path / "base", num_layers=2)
-    methods = {"own": {"zo": {"estimator": "spsa", **zo}}}
+    methods = {"own": {"preset": "none", "zo": {"estimator": "spsa", **zo}}}
     keys = suite_keys(base, data, methods=methods, seeds=[0])
 
     entry = run(tmp_path, keys)["tasks"]["films"]["methods"]["own"]["cells"][0]
