@@ -7,6 +7,7 @@ that is trained would not be the one that is exported.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 
@@ -14,7 +15,26 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from qzo.uploads import uploaded
+
 GATHERED_ELEMENTS = 2**24  # of factors by token that exist at one time on CUDA
+
+
+@dataclass(frozen=True)
+class RowFactors:
+    """Factors of the output rows of a layer.
+
+    Attributes:
+        factors: One per probe and row, in fp32.
+        bounds: Where the tokens of each probe begin, and the end.
+    """
+
+    factors: Float[Tensor, "probes out"]
+    bounds: Sequence[int]
+
+    def multiply(self, y: Float[Tensor, "tokens out"]) -> Float[Tensor, "tokens out"]:
+        """Multiply outputs in place, and return them."""
+        return multiply(y, self.factors, self.bounds)
 
 
 def multiply(
@@ -62,13 +82,8 @@ def multiplied(
 
 @lru_cache(maxsize=8)
 def probe_of_token(bounds: tuple[int, ...], device: torch.device) -> Int[Tensor, " tokens"]:
-    """Return the probe that each token belongs to; the same for all layers of a forward.
-
-    The host does not wait for the device: what is uploaded lies in pinned memory.
-    """
+    """Return the probe that each token belongs to; the same for all layers of a forward."""
     with torch.inference_mode(False):
         counts = torch.tensor([stop - start for start, stop in pairwise(bounds)])
         probes = torch.arange(len(counts), dtype=torch.int32).repeat_interleave(counts)
-        if device.type == "cuda":
-            probes = probes.pin_memory()
-        return probes.to(device, non_blocking=True)
+        return uploaded(probes, device)

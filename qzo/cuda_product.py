@@ -10,7 +10,7 @@ reads it once for every set of scales, and takes these in bf16 only; see recipes
 Not yet timed on a GPU.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 from quantizers.gptq import GPTQWeight
 from quantizers.nf4 import NF4Weight
 from quantizers.weight import QuantizedWeight
+from qzo.by_probe import RowFactors
 from qzo.kernel_settings import has_triton
 
 _BNB_BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -31,6 +32,7 @@ def cuda_product(
     x: Float[Tensor, "tokens in"],
     bounds: Sequence[int],
     scales: Sequence[Float[Tensor, "scale_rows groups"]],
+    rows: RowFactors | None = None,
 ) -> Float[Tensor, "tokens out"] | None:
     """Return ``x W^T`` where tokens ``bounds[p]`` to ``bounds[p + 1]`` see ``scales[p]``.
 
@@ -39,17 +41,32 @@ def cuda_product(
         x: Inputs, without padding.
         bounds: One more than there are sets of scales; from 0 to the number of tokens.
         scales: One set for all tokens, or one per probe.
+        rows: What the product is multiplied by.
 
     Returns:
         The product in the dtype of ``x``, without bias; None where no kernel fits the layer.
     """
     if isinstance(weight, NF4Weight) and _fits_bitsandbytes(weight):
-        return bitsandbytes_product(weight, x, bounds, scales)
+        y = bitsandbytes_product(weight, x, bounds, scales)
+        return y if rows is None else rows.multiply(y)
     if isinstance(weight, GPTQWeight) and _has_triton(x.device, x.dtype):
         from qzo import triton_product  # here only: not every platform has Triton
 
-        if triton_product.fits(weight, x):
-            return triton_product.product(weight, x, bounds, scales)
+        if triton_product.fits(weight, x.dtype):
+            return triton_product.product(weight, x, bounds, scales, rows)
+    return None
+
+
+def cuda_dense_tiles(
+    weight: QuantizedWeight, dtype: torch.dtype
+) -> Iterator[tuple[slice, Float[Tensor, "rows in"]]] | None:
+    """Yield the matrix of the file, some rows at a time; None where no kernel fits the layer."""
+    if isinstance(weight, GPTQWeight) and _has_triton(weight.qweight.device, dtype):
+        from qzo import triton_product  # here only: not every platform has Triton
+
+        if triton_product.fits(weight, dtype):
+            tiles = triton_product.dense_tiles(weight, weight.scales, dtype)
+            return ((rows, dense.T) for rows, dense in tiles)
     return None
 
 

@@ -118,9 +118,9 @@ def settings_for(capability: Capability) -> KernelSettings:
 
 @cache
 def settings_of(device: torch.device) -> KernelSettings:
-    """Return the settings of a device; elsewhere than on CUDA those of the smallest GPU."""
+    """Return the settings of a device; elsewhere than on CUDA those of the newest GPU."""
     if device.type != "cuda":
-        return TABLE[min(TABLE)]
+        return TABLE[max(TABLE)]
     return settings_for(torch.cuda.get_device_capability(device))
 
 

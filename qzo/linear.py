@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from quantizers.errors import FormatError
 from quantizers.weight import QuantizedWeight
 from qzo.attention import PackedRows
-from qzo.by_probe import multiplied, multiply
+from qzo.by_probe import RowFactors, multiplied, multiply
 from qzo.current_device import on_device
 from qzo.errors import CheckpointError
 from qzo.exact import ScaledProduct, frozen_product, is_differentiated
@@ -282,6 +282,13 @@ class QuantLinear(nn.Module):
 
     def _dense_tiles(self, x: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Yield the matrix of the file, some rows at a time, in a buffer near ``x``."""
+        if x.is_cuda:
+            from qzo.cuda_product import cuda_dense_tiles  # here only: CPU runs need none of it
+
+            tiles = cuda_dense_tiles(self.quantized, x.dtype)
+            if tiles is not None:
+                yield from tiles
+                return
         for rows in self._tiles():
             yield rows, self.quantized.dequantize(rows, self._buffer("decoded", rows, x))
 
@@ -324,10 +331,10 @@ class QuantLinear(nn.Module):
 
         if isinstance(effective, ProbeScales):
             return cuda_product(self.quantized, x, bounds, effective.scales)
-        y = cuda_product(self.quantized, x, (0, len(x)), [self.quantized.scales.float()])
-        if y is not None and effective is not None and effective.rows is not None:
-            multiply(y, effective.rows, bounds)
-        return y
+        rows = None
+        if effective is not None and effective.rows is not None:
+            rows = RowFactors(effective.rows, bounds)
+        return cuda_product(self.quantized, x, (0, len(x)), [self.quantized.scales], rows)
 
     def _effective(self) -> EffectiveScales | None:
         """Return what to compute with, or None for the scales of the file."""

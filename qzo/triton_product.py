@@ -1,43 +1,51 @@
 """The product of a GPTQ layer on a GPU, from the codes as they lie in the file.
 
-Two ways, both with scales as arguments and all probes from one read of the codes:
+Two ways, both with scales as arguments:
 
-- fused: a program reads a tile of codes once and multiplies it with its tokens, whichever probes
-  they belong to. Codes minus zeros are small integers, exact in every dtype, so the sum over a
-  group is multiplied by the fp32 scale of its token's probe after the dot product. Where inputs
-  are assigned to groups one by one (``g_idx``), weights are scaled before it instead, per probe;
-- dense: a tile of the matrix is written out once per probe, and ``torch.mm`` does the rest.
+- fused, for few tokens: a program unpacks a tile of codes in registers and multiplies it with the
+  tokens of one probe. Codes minus zeros are small integers, exact in every dtype, so the sum over a
+  group is multiplied by its fp32 scale after the dot product. Where a group is not made of whole
+  words (``g_idx``), weights are scaled before it instead. Factors of output rows are multiplied
+  into the fp32 sum. Where there are too few outputs for the GPU, programs share the inputs, and
+  their partial sums are added in a fixed order, so that the same inputs give the same bits;
+- dense: the matrix of one set of scales is written out, some rows at a time, and ``torch.mm`` does
+  the rest. In row coordinates one set serves the tokens of all probes.
 
 Not yet timed on a GPU. Triton is imported with this module; import it only where a GPU is.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
-from typing import no_type_check
 
 import torch
 import triton
-import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from quantizers.gptq import GPTQWeight
+from qzo.by_probe import RowFactors, probe_of_token
+from qzo.kernel_settings import num_processors, settings_of
+from qzo.triton_kernels import dense_kernel, fused_kernel, sum_kernel
+from qzo.uploads import uploaded
 
-FUSED_TOKENS_MAX = 256  # more tokens pay for a dense tile; a guess, not timed
-DENSE_ELEMENTS = 32 * 2**20  # of all probes' dense tiles that exist at one time
 BITS = (2, 4, 8)  # 3-bit codes run across words
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
-_BLOCK_OUT = 64
-_BLOCK_IN = 64
-_BLOCK_MIN = 16  # tl.dot takes no smaller side
-_BLOCK_TOKENS_MAX = 64
+_WORDS_MAX = 2**31  # the kernels count them in 32 bits
+_INPUTS_MIN = 32  # of a step: whole words, and enough for every matrix instruction
+_SUMMED = 256  # outputs that a program adds
 
 
-def fits(weight: GPTQWeight, x: Float[Tensor, "tokens in"]) -> bool:
+def fits(weight: GPTQWeight, dtype: torch.dtype) -> bool:
     """Return whether the kernels read this layout and dtype."""
-    return weight.bits in BITS and x.dtype in DTYPES and weight.qweight.is_contiguous()
+    return (
+        weight.bits in BITS
+        and dtype in DTYPES
+        and weight.qweight.is_contiguous()
+        and weight.qweight.numel() < _WORDS_MAX
+    )
 
 
 def product(
@@ -45,14 +53,19 @@ def product(
     x: Float[Tensor, "tokens in"],
     bounds: Sequence[int],
     scales: Sequence[Float[Tensor, "out groups"]],
+    rows: RowFactors | None = None,
 ) -> Float[Tensor, "tokens out"]:
     """Return ``x W^T`` where tokens ``bounds[p]`` to ``bounds[p + 1]`` see ``scales[p]``.
 
-    Accumulates in fp32; the result has the dtype of ``x``.
+    Accumulates in fp32; the result has the dtype of ``x``. Factors of rows are applied to it.
     """
-    if len(x) <= FUSED_TOKENS_MAX:
-        return fused_product(weight, x, bounds, scales)
-    return dense_product(weight, x, bounds, scales)
+    way = is_fused(x, len(scales))
+    return (fused_product if way else dense_product)(weight, x, bounds, scales, rows)
+
+
+def is_fused(x: Float[Tensor, "tokens in"], num_sets: int) -> bool:
+    """Return whether so many tokens for each set of scales are too few for a dense matrix."""
+    return len(x) <= settings_of(x.device).fused_tokens_max * num_sets
 
 
 def fused_product(
@@ -60,33 +73,83 @@ def fused_product(
     x: Float[Tensor, "tokens in"],
     bounds: Sequence[int],
     scales: Sequence[Float[Tensor, "out groups"]],
+    rows: RowFactors | None = None,
 ) -> Float[Tensor, "tokens out"]:
-    """Return the product without a dense tile; see ``product``."""
+    """Return the product without a dense matrix; see ``product``."""
     y = x.new_empty(len(x), weight.out_features)
-    x = x.contiguous()
-    block_tokens = min(max(triton.next_power_of_2(len(x)), _BLOCK_MIN), _BLOCK_TOKENS_MAX)
-    has_index = weight.group_index is not None
-    group_size = weight.in_features if has_index else _group_size(weight)
-    block_in = min(max(triton.next_power_of_2(group_size), _BLOCK_MIN), _BLOCK_IN)
-    grid = (triton.cdiv(weight.out_features, _BLOCK_OUT), triton.cdiv(len(x), block_tokens))
     if x.is_meta or not len(x):
         return y
-    _fused_kernel[grid](
-        x,
-        *_operands(weight, scales),
-        _probe_of_token(tuple(bounds), x.device),
-        y,
-        len(x),
-        *_sizes(weight),
-        group_size,
-        triton.cdiv(group_size, block_in),
-        triton.cdiv(group_size, block_in) * (weight.in_features // group_size),
+    settings = settings_of(x.device)
+    block_tokens = settings.token_tile(max(stop - start for start, stop in pairwise(bounds)))
+    tile = settings.fused[block_tokens]
+    tiles = _token_tiles(tuple(bounds), block_tokens, x.device)
+    steps = _Steps.of(weight, tile.inputs)
+    grid = (triton.cdiv(weight.out_features, tile.outputs), len(tiles))
+    splits = steps.splits(grid[0] * grid[1], settings.programs_per_processor, x.device)
+    parts = y if splits == 1 else y.new_empty(splits, *y.shape, dtype=torch.float32)
+    factors, probes = _row_operands(rows if splits == 1 else None, y)
+    fused_kernel[*grid, splits](
+        x.contiguous(),
+        *_operands(weight),
+        *_scale_operands(scales),
+        factors,
+        probes,
+        tiles,
+        parts,
+        *(len(x), weight.in_features, weight.out_features, _group_size(weight)),
+        *(steps.span, steps.per_span, steps.count, triton.cdiv(steps.count, splits)),
         **_layout(weight),
+        HAS_ROWS=rows is not None and splits == 1,
         BLOCK_TOKENS=block_tokens,
-        BLOCK_OUT=_BLOCK_OUT,
-        BLOCK_IN=block_in,
+        BLOCK_OUT=tile.outputs,
+        BLOCK_IN=steps.block,
         UPCAST=x.dtype == torch.bfloat16 and triton.knobs.runtime.interpret,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
     )
+    return y if splits == 1 else _sum(parts, rows, y)
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """How the fused kernel goes through the inputs: in steps that stay within a span.
+
+    Attributes:
+        span: A group; all inputs where a scale is looked up for each of them.
+        block: Inputs of a step.
+        per_span: Steps of a span.
+        count: Steps of all spans.
+    """
+
+    span: int
+    block: int
+    per_span: int
+    count: int
+
+    @classmethod
+    def of(cls, weight: GPTQWeight, block_max: int) -> "_Steps":
+        span = weight.in_features if _is_by_input(weight) else _group_size(weight)
+        block = max(min(triton.next_power_of_2(span), block_max), _INPUTS_MIN)
+        per_span = triton.cdiv(span, block)
+        return cls(span, block, per_span, per_span * (weight.in_features // span))
+
+    def splits(self, num_tiles: int, programs_per_processor: int, device: torch.device) -> int:
+        """Return how many programs share the inputs of a tile, so that every processor has work."""
+        wanted = triton.cdiv(programs_per_processor * num_processors(device), num_tiles)
+        per_split = triton.cdiv(self.count, min(wanted, self.count))
+        return int(triton.cdiv(self.count, per_split))
+
+
+def _sum(
+    parts: Float[Tensor, "splits tokens out"],
+    rows: RowFactors | None,
+    y: Float[Tensor, "tokens out"],
+) -> Float[Tensor, "tokens out"]:
+    """Fill ``y`` with the sum of partial products, times the factors of its rows."""
+    factors, probes = _row_operands(rows, y)
+    grid = (triton.cdiv(y.shape[1], _SUMMED), len(y))
+    sizes = (*y.shape, len(parts))
+    sum_kernel[grid](parts, factors, probes, y, *sizes, HAS_ROWS=rows is not None, BLOCK=_SUMMED)
     return y
 
 
@@ -95,65 +158,95 @@ def dense_product(
     x: Float[Tensor, "tokens in"],
     bounds: Sequence[int],
     scales: Sequence[Float[Tensor, "out groups"]],
+    rows: RowFactors | None = None,
 ) -> Float[Tensor, "tokens out"]:
     """Return the product from dense tiles of output rows; see ``product``."""
     y = x.new_empty(len(x), weight.out_features)
-    step = max(DENSE_ELEMENTS // (weight.in_features * len(scales)), 1)
+    for of_probe, (first, last) in zip(scales, pairwise(bounds), strict=True):
+        if first == last:
+            continue
+        for tile, dense in dense_tiles(weight, of_probe, x.dtype):
+            torch.mm(x[first:last], dense, out=y[first:last, tile])
+    return y if rows is None else rows.multiply(y)
+
+
+def dense_tiles(
+    weight: GPTQWeight, scales: Float[Tensor, "out groups"], dtype: torch.dtype
+) -> Iterator[tuple[slice, Float[Tensor, "in rows"]]]:
+    """Yield the matrix of a set of scales, transposed, some rows at a time in one buffer."""
+    settings = settings_of(weight.qweight.device)
+    step = min(max(settings.dense_elements // weight.in_features, 1), weight.out_features)
+    buffer = weight.qweight.new_empty(weight.in_features * step, dtype=dtype)
     for start in range(0, weight.out_features, step):
         rows = slice(start, min(start + step, weight.out_features))
-        dense = dense_rows(weight, scales, rows, x.dtype)
-        for p, (first, last) in enumerate(pairwise(bounds)):
-            torch.mm(x[first:last], dense[p], out=y[first:last, rows])
-    return y
+        count = rows.stop - rows.start
+        dense = buffer[: weight.in_features * count].view(weight.in_features, count)
+        _fill(dense, weight, scales, rows)
+        yield rows, dense
 
 
-def dense_rows(
+def _fill(
+    dense: Float[Tensor, "in rows"],
     weight: GPTQWeight,
-    scales: Sequence[Float[Tensor, "out groups"]],
+    scales: Float[Tensor, "out groups"],
     rows: slice,
-    dtype: torch.dtype,
-) -> Float[Tensor, "probes in rows"]:
-    """Return some rows of the matrix, transposed, once per set of scales."""
-    count = rows.stop - rows.start
-    dense = weight.qweight.new_empty(len(scales), weight.in_features, count, dtype=dtype)
+) -> None:
+    """Write some rows of the matrix, transposed."""
     if dense.is_meta:
-        return dense
-    grid = (triton.cdiv(count, _BLOCK_OUT), triton.cdiv(weight.in_features, _BLOCK_IN))
-    _dense_kernel[grid](
-        *_operands(weight, scales),
+        return
+    tile = settings_of(dense.device).dense
+    count, num_words = rows.stop - rows.start, len(weight.qweight)
+    stacked, _, *strides = _scale_operands([scales])
+    grid = (triton.cdiv(count, tile.outputs), triton.cdiv(num_words, tile.words))
+    dense_kernel[grid](
+        *_operands(weight),
+        stacked,
+        *strides,
         dense,
-        rows.start,
-        count,
-        len(scales),
-        *_sizes(weight),
-        _group_size(weight),
+        *(rows.start, count, num_words, weight.out_features, _group_size(weight)),
         **_layout(weight),
-        BLOCK_OUT=_BLOCK_OUT,
-        BLOCK_IN=_BLOCK_IN,
+        BLOCK_OUT=tile.outputs,
+        BLOCK_WORDS=tile.words,
+        num_warps=tile.num_warps,
     )
-    return dense
 
 
 def _group_size(weight: GPTQWeight) -> int:
     return weight.in_features // weight.file_scales.shape[0]
 
 
-def _operands(
-    weight: GPTQWeight, scales: Sequence[Float[Tensor, "out groups"]]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return codes, zeros, group index and ``(probes, groups, out)`` scales.
+def _is_by_input(weight: GPTQWeight) -> bool:
+    """Return whether a word may hold inputs of several groups."""
+    return weight.group_index is not None or _group_size(weight) % (32 // weight.bits) != 0
+
+
+def _operands(weight: GPTQWeight) -> tuple[Tensor, Tensor, Tensor]:
+    """Return codes, zeros and group index.
 
     What a layer does not have is stood in for by its codes, which the kernel then does not read.
     """
     zeros = weight.qweight if isinstance(weight.zeros, int) else weight.zeros
     index = weight.qweight if weight.group_index is None else weight.group_index
-    # neighbouring programs read neighbouring outputs, so groups come first
-    stacked = torch.stack([s.float().T for s in scales]).contiguous()
-    return weight.qweight, zeros.contiguous(), index, stacked
+    return weight.qweight, zeros.contiguous(), index
 
 
-def _sizes(weight: GPTQWeight) -> tuple[int, int, int]:
-    return weight.in_features, weight.out_features, weight.file_scales.shape[0]
+def _scale_operands(
+    scales: Sequence[Float[Tensor, "out groups"]],
+) -> tuple[Tensor, int, int, int]:
+    """Return the scales ``(sets, groups, out)`` and their strides.
+
+    One set is read as it lies, whatever its layout and dtype: that of the file is. Several are
+    gathered, with groups first, as neighbouring programs read neighbouring outputs.
+    """
+    by_group = scales[0].T[None] if len(scales) == 1 else torch.stack([s.T for s in scales])
+    return by_group, by_group.stride(0), by_group.stride(1), by_group.stride(2)
+
+
+def _row_operands(rows: RowFactors | None, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Return factors and the probe of every token; without any, what is then not read."""
+    if rows is None:
+        return y, y
+    return rows.factors.contiguous(), probe_of_token(tuple(rows.bounds), y.device)
 
 
 def _layout(weight: GPTQWeight) -> dict[str, int | bool]:
@@ -162,157 +255,19 @@ def _layout(weight: GPTQWeight) -> dict[str, int | bool]:
         "HAS_ZEROS": not isinstance(weight.zeros, int),
         "ZERO": weight.zeros if isinstance(weight.zeros, int) else 0,
         "HAS_INDEX": weight.group_index is not None,
+        "BY_INPUT": _is_by_input(weight),
     }
 
 
-@lru_cache(maxsize=8)
-def _probe_of_token(bounds: tuple[int, ...], device: torch.device) -> Int[Tensor, " tokens"]:
-    """Return the probe that each token belongs to; the same for all layers of a forward."""
-    counts = torch.tensor([stop - start for start, stop in pairwise(bounds)])
-    probes = torch.arange(len(counts), dtype=torch.int32).repeat_interleave(counts)
-    return probes.to(device)
-
-
-@triton.jit
-@no_type_check  # neither mypy nor the shape checks of the tests can read a kernel
-def _codes_minus_zeros(
-    qweight,
-    zeros,
-    k,
-    n,
-    group,
-    is_inside,
-    out_features,
-    BITS: tl.constexpr,
-    HAS_ZEROS: tl.constexpr,
-    ZERO: tl.constexpr,
-):
-    """Return a tile ``(inputs k, outputs n)`` as int32; undefined where not ``is_inside``."""
-    per_word: tl.constexpr = 32 // BITS
-    mask: tl.constexpr = 2**BITS - 1
-    place = (k // per_word)[:, None].to(tl.int64) * out_features + n[None, :]
-    words = tl.load(qweight + place, mask=is_inside, other=0)
-    codes = (words >> ((k % per_word) * BITS)[:, None]) & mask
-    if HAS_ZEROS:
-        at = group[:, None] * out_features + n[None, :]
-        return codes - tl.load(zeros + at, mask=is_inside, other=0).to(tl.int32)
-    return codes - ZERO
-
-
-@triton.jit
-@no_type_check
-def _dot(a, b, UPCAST: tl.constexpr):
-    """Return the product of two tiles in fp32, without TF32."""
-    if UPCAST:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, input_precision="ieee", out_dtype=tl.float32)
-
-
-@triton.jit
-@no_type_check
-def _fused_kernel(
-    x,
-    qweight,
-    zeros,
-    index,
-    scales,
-    probe_of_token,
-    y,
-    num_tokens,
-    in_features,
-    out_features,
-    num_groups,
-    group_size,
-    steps_per_group,
-    num_steps,
-    BITS: tl.constexpr,
-    HAS_ZEROS: tl.constexpr,
-    ZERO: tl.constexpr,
-    HAS_INDEX: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
-    BLOCK_OUT: tl.constexpr,
-    BLOCK_IN: tl.constexpr,
-    UPCAST: tl.constexpr,  # exact; the interpreter's dot product does not know bf16
-):
-    first_token = tl.program_id(1) * BLOCK_TOKENS
-    m = first_token + tl.arange(0, BLOCK_TOKENS)
-    n = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    is_token = m < num_tokens
-    is_out = n < out_features
-    probe = tl.load(probe_of_token + m, mask=is_token, other=-1)
-    first_probe = tl.load(probe_of_token + first_token)
-    last_probe = tl.load(probe_of_token + tl.minimum(first_token + BLOCK_TOKENS, num_tokens) - 1)
-    x_rows = x + m[:, None].to(tl.int64) * in_features
-    total = tl.zeros((BLOCK_TOKENS, BLOCK_OUT), dtype=tl.float32)
-    for step in range(num_steps):
-        step_group = step // steps_per_group
-        inside = (step % steps_per_group) * BLOCK_IN + tl.arange(0, BLOCK_IN)
-        k = step_group * group_size + inside
-        is_in = inside < group_size
-        is_weight = is_in[:, None] & is_out[None, :]
-        if HAS_INDEX:
-            group = tl.load(index + k, mask=is_in, other=0).to(tl.int32)
-        else:
-            group = step_group + tl.zeros((BLOCK_IN,), dtype=tl.int32)
-        tokens = tl.load(x_rows + k[None, :], mask=is_token[:, None] & is_in[None, :], other=0.0)
-        weights = _codes_minus_zeros(
-            qweight, zeros, k, n, group, is_weight, out_features, BITS, HAS_ZEROS, ZERO
-        ).to(tl.float32)
-        if HAS_INDEX:
-            for p in range(first_probe, last_probe + 1):
-                at = (p * num_groups + group)[:, None] * out_features + n[None, :]
-                by_input = tl.load(scales + at, mask=is_weight, other=0.0)
-                scaled = (weights * by_input).to(tokens.dtype)
-                own = tl.where((probe == p)[:, None], tokens, tl.zeros_like(tokens))
-                total += _dot(own, scaled, UPCAST)
-        else:
-            by_token = tl.zeros((BLOCK_TOKENS, BLOCK_OUT), dtype=tl.float32)
-            for p in range(first_probe, last_probe + 1):
-                at = (p * num_groups + step_group) * out_features + n
-                by_output = tl.load(scales + at, mask=is_out, other=0.0)
-                by_token = tl.where((probe == p)[:, None], by_output[None, :], by_token)
-            total += _dot(tokens, weights.to(tokens.dtype), UPCAST) * by_token
-    place = m[:, None].to(tl.int64) * out_features + n[None, :]
-    tl.store(y + place, total.to(y.dtype.element_ty), mask=is_token[:, None] & is_out[None, :])
-
-
-@triton.jit
-@no_type_check
-def _dense_kernel(
-    qweight,
-    zeros,
-    index,
-    scales,
-    dense,
-    first_out,
-    num_out,
-    num_probes,
-    in_features,
-    out_features,
-    num_groups,
-    group_size,
-    BITS: tl.constexpr,
-    HAS_ZEROS: tl.constexpr,
-    ZERO: tl.constexpr,
-    HAS_INDEX: tl.constexpr,
-    BLOCK_OUT: tl.constexpr,
-    BLOCK_IN: tl.constexpr,
-):
-    column = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    k = tl.program_id(1) * BLOCK_IN + tl.arange(0, BLOCK_IN)
-    n = first_out + column
-    is_in = k < in_features
-    is_weight = is_in[:, None] & (column < num_out)[None, :]
-    if HAS_INDEX:
-        group = tl.load(index + k, mask=is_in, other=0).to(tl.int32)
-    else:
-        group = k // group_size
-    weights = _codes_minus_zeros(
-        qweight, zeros, k, n, group, is_weight, out_features, BITS, HAS_ZEROS, ZERO
-    ).to(tl.float32)
-    for p in range(num_probes):
-        at = (p * num_groups + group)[:, None] * out_features + n[None, :]
-        scaled = weights * tl.load(scales + at, mask=is_weight, other=0.0)
-        row = (p * in_features + k)[:, None].to(tl.int64)
-        place = row * num_out + column[None, :]
-        tl.store(dense + place, scaled.to(dense.dtype.element_ty), mask=is_weight)
+@lru_cache(maxsize=32)
+def _token_tiles(
+    bounds: tuple[int, ...], size: int, device: torch.device
+) -> Int[Tensor, "tiles 3"]:
+    """Return the set of scales, the first token and the end of every tile of tokens."""
+    tiles = [
+        (probe, first, min(first + size, stop))
+        for probe, (start, stop) in enumerate(pairwise(bounds))
+        for first in range(start, stop, size)
+    ]
+    with torch.inference_mode(False):
+        return uploaded(torch.tensor(tiles, dtype=torch.int32), device)

@@ -204,6 +204,31 @@ def test_a_layer_computes_the_same_on_the_cuda_path(
     assert relative_error(got, want) < 1e-5
 
 
+@needs_triton
+@every_build
+@pytest.mark.parametrize("kind", ["multipliers", "file"])
+def test_exact_slopes_are_the_same_on_the_cuda_path(
+    weight: QuantizedWeight, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = QuantLinear("layer", weight, None, Live())
+    if kind == "multipliers":
+        see(layer, Multipliers(1 + 0.2 * normal(2, OUT, seed=4)), (0, 5, 15))
+
+    def slope() -> Tensor:
+        x = normal(15, IN).requires_grad_()
+        (layer(x) * normal(15, OUT, seed=5)).sum().backward()
+        assert x.grad is not None
+        return x.grad
+
+    want = slope()
+    tiles = layer.live.buffers
+    tiles.clear()
+    on_cuda(monkeypatch)
+    assert relative_error(slope(), want) < 1e-5
+    if weight is BUILDS["gptq"]:
+        assert not tiles  # the kernel's own
+
+
 @every_build
 def test_a_layer_on_the_cpu_takes_the_cpu_path(
     weight: QuantizedWeight, monkeypatch: pytest.MonkeyPatch

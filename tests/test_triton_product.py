@@ -1,13 +1,10 @@
 """The Triton kernels: in Triton's interpreter, or on the GPU where there is one."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,13 +17,15 @@ from torch import Tensor
 
 from quantizers import gptq
 from quantizers.gptq import GPTQWeight
+from qzo.by_probe import RowFactors
+from qzo.kernel_settings import KernelSettings, settings_for
 
 pytestmark = pytest.mark.skipif(
     find_spec("triton") is None, reason="Triton is not installed; it comes for Linux on x86-64"
 )
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-Product = Callable[[GPTQWeight, Tensor, Sequence[int], Sequence[Tensor]], Tensor]
+Product = Callable[..., Tensor]
 Dense = Callable[[Tensor], Tensor]
 
 
@@ -185,48 +184,98 @@ def test_no_tokens_give_no_outputs(name: str) -> None:
     assert got.shape == (0, 40)
 
 
+def with_settings(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> KernelSettings:
+    """Let the kernels be launched by the settings of a GPU with some changes."""
+    settings = replace(settings_for((9, 0)), **changes)
+    monkeypatch.setattr("qzo.triton_product.settings_of", lambda device: settings)
+    return settings
+
+
 def test_dense_tiles_smaller_than_the_layer_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, dense = layer(64, 40, sym=False)
-    monkeypatch.setattr("qzo.triton_product.DENSE_ELEMENTS", 2 * 64 * 7)
+    with_settings(monkeypatch, dense_elements=64 * 21)
     check("dense_product", weight, dense, normal(9, 64), (0, 4, 9))
 
 
-def test_dense_rows_are_the_matrix_of_the_file() -> None:
-    weight, dense = layer(96, 70, sym=False)
-    rows = import_module("qzo.triton_product").dense_rows
-    scales = several_scales(weight, 2)
-    got = rows(weight, scales, slice(3, 69), torch.float32)
-    for p in range(2):  # one product of float32 numbers: at most one rounding apart
-        assert relative_error(got[p].T.cpu(), dense(scales[p])[3:69]) < 2**-23
+@pytest.mark.parametrize("num_probes", [1, 32])
+def test_dense_tiles_do_not_shrink_with_the_number_of_probes(
+    num_probes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    meta = torch.device("meta")
+    weight = layer(64, 40)[0].to(meta)
+    with_settings(monkeypatch, dense_elements=64 * 20)
+    shapes = []
+
+    def mm(x: Tensor, dense: Tensor, *, out: Tensor) -> None:
+        shapes.append((len(x), *dense.shape))
+
+    monkeypatch.setattr(torch, "mm", mm)
+    bounds = range(0, 2 * num_probes + 1, 2)
+    x = torch.empty(bounds[-1], 64, device=meta)
+    way("dense_product")(weight, x, bounds, [weight.scales] * num_probes)
+    assert shapes == [(2, 64, 20), (2, 64, 20)] * num_probes
 
 
-@pytest.mark.parametrize(("tokens", "name"), [(256, "fused_product"), (257, "dense_product")])
-def test_the_way_is_chosen_by_the_number_of_tokens(
+@pytest.mark.parametrize("desc_act", [False, True])
+def test_dense_tiles_are_the_matrix_of_the_file(
+    desc_act: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight, dense = layer(96, 70, sym=False, desc_act=desc_act)
+    with_settings(monkeypatch, dense_elements=96 * 33)
+    scales = several_scales(weight, 1)[0]
+    tiles = import_module("qzo.triton_product").dense_tiles(weight, scales, torch.float32)
+    got = torch.cat([tile.T.clone() for _, tile in tiles])
+    # one product of float32 numbers: at most one rounding apart
+    assert relative_error(got.cpu(), dense(scales)) < 2**-23
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_scales_of_the_file_are_read_as_they_lie(name: str) -> None:
+    tensors = random_layer(64, 40, GPTQVariant(), seed=3)
+    weight = gptq.unpack(tensors, gptq.spec(GPTQVariant().config()), "layer").to(DEVICE)
+    operand = import_module("qzo.triton_product")._scale_operands([weight.scales])[0]
+    assert operand.dtype == torch.float16
+    assert operand.data_ptr() == weight.file_scales.data_ptr()  # neither converted nor copied
+    x = normal(5, 64)
+    got = way(name)(weight, x, (0, 5), [weight.scales])
+    want = x.double().cpu() @ read_layer(tensors, GPTQVariant()).double().T
+    assert relative_error(got.cpu(), want) < 1e-5
+
+
+@pytest.mark.parametrize("name", WAYS)
+@pytest.mark.parametrize("processors", [1, 7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_factors_of_rows_are_multiplied_by_probe_and_rounded_once(
+    name: str, processors: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qzo.triton_product.num_processors", lambda device: processors)
+    weight, dense = layer(64, 40, group_size=16, sym=False)
+    bounds, scales, x = (0, 3, 3, 10), several_scales(weight, 1), normal(10, 64).to(dtype)
+    factors = 1 + 0.2 * normal(3, 40, seed=5)
+    got = way(name)(weight, x, (0, 10), scales, RowFactors(factors, bounds))
+    want = naive(x, dense, (0, 10), scales)
+    for p, (start, stop) in enumerate(pairwise(bounds)):
+        want[start:stop] *= factors[p].double().cpu()
+    assert relative_error(got.cpu(), want) < tolerance(dtype)
+
+
+@pytest.mark.parametrize("processors", [2, 3, 64])
+@pytest.mark.parametrize("options", [{"group_size": 16}, {"group_size": -1}, {"desc_act": True}])
+def test_programs_that_share_the_inputs_give_the_same(
+    processors: int, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qzo.triton_product.num_processors", lambda device: processors)
+    weight, dense = layer(160, 40, sym=False, **options)
+    check("fused_product", weight, dense, normal(9, 160).half(), (0, 2, 2, 9))
+
+
+@pytest.mark.parametrize(("tokens", "name"), [(8, "fused_product"), (9, "dense_product")])
+def test_the_way_is_chosen_by_the_tokens_of_a_set_of_scales(
     tokens: int, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    with_settings(monkeypatch, fused_tokens_max=4)
     weight, _ = layer(32, 8)
     other = next(each for each in WAYS if each != name)
     monkeypatch.delattr(f"qzo.triton_product.{other}")
-    got = way("product")(weight, normal(tokens, 32), (0, tokens), several_scales(weight, 1))
+    got = way("product")(weight, normal(tokens, 32), (0, 2, tokens), several_scales(weight, 2))
     assert got.shape == (tokens, 8)
-
-
-@pytest.mark.slow
-def test_the_kernels_compile_for_gpus(tmp_path: Path) -> None:
-    script = Path(__file__).parent / "support" / "compile_kernels.py"
-    root = Path(__file__).parents[1]
-    environment = {
-        **os.environ,
-        "TRITON_INTERPRET": "0",
-        "TRITON_CACHE_DIR": str(tmp_path),
-        "PYTHONPATH": str(root),
-    }
-    done = subprocess.run(
-        [sys.executable, str(script)], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    lines = [line.split() for line in done.stdout.splitlines()]
-    assert len(lines) == 2 * 3 * 3  # kernels, layouts, dtypes
-    with_tensor_cores = {(line[0], line[2]) for line in lines if line[4] == "True"}
-    assert ("_fused_kernel", "bf16") in with_tensor_cores
-    assert ("_fused_kernel", "fp32") not in with_tensor_cores  # that would be TF32

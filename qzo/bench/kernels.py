@@ -193,7 +193,7 @@ def _triton(source: Source, name: str) -> Layer:
     product = getattr(import_module("qzo.triton_product"), name)
     weight = source.gptq.to(source.device)
     assert isinstance(weight, GPTQWeight)
-    scales = [weight.scales.float()]
+    scales = [weight.scales]
     return lambda x: product(weight, x, (0, len(x)), scales)
 
 
