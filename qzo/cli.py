@@ -45,6 +45,10 @@ Revision = Annotated[
 _stderr = stderr_console()
 _TASKS = "sst2, rte, boolq, copa, squad, trec or e2e."
 _STREAM = "or set --memory-limit, so that the model streams"
+_CHAT_HINT = (
+    "hint: the tokenizer has a chat template; --chat asks the model as a user would, --no-chat "
+    "continues plain text without this hint"
+)
 _TYPER_INTERRUPTED = 130  # what typer makes of a KeyboardInterrupt, without a word
 
 
@@ -421,8 +425,18 @@ def export(
 @app.command()
 def generate(
     checkpoint: Annotated[str, typer.Argument(help="A folder or a hub id.")],
-    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    prompt: Annotated[
+        str, typer.Option(help="Text to continue, or with --chat what the user says.")
+    ],
     adapter: Annotated[str | None, typer.Option(help="A run folder.")] = None,
+    chat: Annotated[
+        bool | None,
+        typer.Option(
+            "--chat/--no-chat",
+            help="Apply the chat template and stop at the end of the turn (default: no-chat).",
+        ),
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="System prompt, with --chat.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write.")] = 50,
     device: Device = None,
     dtype: Dtype = None,
@@ -430,11 +444,14 @@ def generate(
     revision: Revision = None,
     as_json: AsJSON = False,
 ) -> None:
-    """Continue a prompt, greedily."""
+    """Continue a text, or answer a user with --chat; greedily."""
+    _check_system(system, is_chat=bool(chat))
     from qzo.adapter import open_adapter
     from qzo.batch_shape import BatchShape
+    from qzo.chat_prompt import chat_prompt, has_chat_template
     from qzo.checkpoint import open_checkpoint
     from qzo.encoding import encode_prompt
+    from qzo.generation import AUTO_STOP
     from qzo.generation import generate as run
     from qzo.inference import load_for_inference
     from qzo.model import load_tokenizer
@@ -448,7 +465,10 @@ def generate(
         tuned = None if adapter is None else open_adapter(Path(adapter))
         tokenizer = load_tokenizer(opened.folder)
         room = int(opened.config.get("max_position_embeddings", 2048))
-        tokens = len(encode_prompt(tokenizer, prompt, max_length=room))
+        text = chat_prompt(tokenizer, prompt, system) if chat else prompt
+        if chat is None and has_chat_template(tokenizer) and not as_json:
+            _stderr.print(_CHAT_HINT, soft_wrap=True)
+        tokens = len(encode_prompt(tokenizer, text, max_length=room))
         with loading_progress(_stderr, is_silent=as_json) as loading:
             model = load_for_inference(
                 opened,
@@ -458,11 +478,12 @@ def generate(
                 lower="--max-new-tokens",
                 progress=loading,
             )
-        text = run(model, tokenizer, prompt, max_new_tokens=max_new_tokens)
+        stop = AUTO_STOP if chat else None
+        answer = run(model, tokenizer, text, max_new_tokens=max_new_tokens, stop=stop)
         if as_json:
-            print_json({"prompt": prompt, "completion": text})
+            print_json({"prompt": prompt, "completion": answer})
         else:
-            print(prompt + text)
+            print(answer if chat else prompt + answer)
 
 
 def _lower(*flags: str | int) -> str:
@@ -490,6 +511,19 @@ def _check_evaluated(
         raise ConfigError(
             f"{given[0]} cannot be combined with --task: a task has its own prompts and answers; "
             "leave out one of them"
+        )
+
+
+def _check_system(system: str | None, *, is_chat: bool) -> None:
+    """Refuse a system prompt where there is no conversation.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    if system is not None and not is_chat:
+        raise ConfigError(
+            "--system cannot be combined with --no-chat, the default: plain text has no system "
+            "prompt; add --chat"
         )
 
 
