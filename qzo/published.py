@@ -44,10 +44,24 @@ _SMOLLM2_135M = {
     "vocab_size": 49152,
 }
 
+_QWEN2_5 = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "num_key_value_heads": 8,
+    "vocab_size": 152064,
+}
+
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-2-7b": _llama(4096, 11008, 32, 32),
     "llama-2-13b": _llama(5120, 13824, 40, 40),
     "llama-2-70b": _llama(8192, 28672, 80, 64, num_key_value_heads=8),
+    "llama-3.1-8b": _llama(4096, 14336, 32, 32, num_key_value_heads=8, vocab_size=128256),
+    "qwen2.5-7b": _llama(3584, 18944, 28, 28, **{**_QWEN2_5, "num_key_value_heads": 4}),
+    "qwen2.5-14b": _llama(5120, 13824, 48, 40, **_QWEN2_5),
+    "qwen2.5-32b": _llama(5120, 27648, 64, 40, **_QWEN2_5),
     "smollm2-135m": _llama(576, 1536, 30, 9, **_SMOLLM2_135M),
     "small": _llama(512, 1408, 8, 8, vocab_size=2048),
     "tiny": _llama(64, 128, 2, 4, num_key_value_heads=2, vocab_size=96),
