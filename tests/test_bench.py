@@ -471,6 +471,24 @@ def test_bench_memory_prints_a_table(qzo: Run, base: Path, monkeypatch: pytest.M
     assert "losses 0.3333333333333333, 0.5" in ran.out
 
 
+def test_a_plan_of_a_device_is_compared_with_the_memory_of_the_device(
+    qzo: Run, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def on_device(settings: RunSettings) -> RunResult:
+        return replace(fake_run(settings), device_peak=2**30, device_reserved=2**31)
+
+    monkeypatch.setattr(memory, "run_apart", on_device)
+    arguments = ("bench", "memory", "--model", base, "--seq-len", "8")
+
+    result, shown = qzo(*arguments, "--json").value, qzo(*arguments).out
+
+    assert (result["device_peak"], result["device_reserved"]) == (2**30, 2**31)
+    assert result["device_vs_predicted"] == 2**30 / result["predicted"]
+    assert "resident_vs_predicted" not in result
+    assert "device / predicted" in shown
+    assert "resident / predicted" not in shown
+
+
 def test_products_are_counted_for_every_layer_but_the_head(
     base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

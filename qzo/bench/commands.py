@@ -155,8 +155,9 @@ def memory(
     The run is one of `qzo train`, on random tokens: journal, snapshots and adapter included. Peak
     resident is what the kernel kept (VmHWM) and counts pages of the mapped checkpoint; peak
     anonymous is sampled every 5 ms and does not. On CUDA device peak is what torch had allocated
-    there at most. Products alone: the same matrix products with dense operands in memory, float32
-    on a CPU and float16 on CUDA. Losses are shown bit for bit, to compare two runs.
+    there at most, and what is compared with the plan. Products alone: the same matrix products with
+    dense operands in memory, float32 on a CPU and float16 on CUDA. Losses are shown bit for bit, to
+    compare two runs.
     """
     from qzo.bench.memory import bench_memory
     from qzo.bench.training_run import RunSettings
@@ -392,10 +393,13 @@ def _vs_dense(entry: dict[str, Any]) -> str:
 
 def _show_memory(result: dict[str, Any]) -> None:
     table = Table(show_header=False, box=None)
-    sizes = ("peak_resident", "peak_anonymous", "peak_file_backed", "device_peak", "predicted")
+    peaks = [f"peak_{kind}" for kind in ("resident", "anonymous", "file_backed")]
+    sizes = [*peaks, "device_peak", "device_reserved", "predicted"]
     for name in (size for size in sizes if size in result):
         table.add_row(name.replace("_", " "), f"{result[name] / _GIB:.3f} GiB")
-    table.add_row("resident / predicted", f"{result['resident_vs_predicted']:.3f}")
+    for measured in ("resident", "device"):
+        if f"{measured}_vs_predicted" in result:
+            table.add_row(f"{measured} / predicted", f"{result[f'{measured}_vs_predicted']:.3f}")
     table.add_row("start to first layer", f"{result['first_layer_seconds']:.1f} s")
     for number, seconds in enumerate(result["step_seconds"]):
         losses = ", ".join(f"{loss!r}" for loss in result["losses"][number])

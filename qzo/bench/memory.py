@@ -33,7 +33,7 @@ def bench_memory(settings: RunSettings) -> dict[str, Any]:
         Sizes in bytes and times in seconds: ``peak_resident``, ``peak_anonymous`` and
         ``peak_file_backed`` of the process, ``device_peak`` and ``device_reserved`` of a CUDA
         device; ``predicted`` (by the plan, or the limit if there is one) with
-        ``resident_vs_predicted``, on CUDA ``device_vs_predicted``; ``first_layer_seconds``,
+        ``resident_vs_predicted``, on CUDA ``device_vs_predicted`` instead; ``first_layer_seconds``,
         ``step_seconds``, ``products_seconds`` and ``step_vs_products``; ``losses`` and, bit for
         bit, ``losses_hex``.
     """
@@ -51,8 +51,7 @@ def bench_memory(settings: RunSettings) -> dict[str, Any]:
         "peak_anonymous": peaks.anonymous,
         "peak_file_backed": peaks.file_backed,
         "predicted": planned,
-        "resident_vs_predicted": peaks.resident / planned,
-        **_of_device(result, planned),
+        **_against_plan(result, planned),
         "first_layer_seconds": result.first_layer_seconds,
         "step_seconds": list(result.step_seconds),
         "products_seconds": products,
@@ -64,10 +63,10 @@ def bench_memory(settings: RunSettings) -> dict[str, Any]:
     }
 
 
-def _of_device(result: RunResult, planned: int) -> dict[str, float]:
-    """Return the memory of a CUDA device; the plan counts what the driver takes, too."""
+def _against_plan(result: RunResult, planned: int) -> dict[str, float]:
+    """Compare with a plan what it is about: the process, or a CUDA device, driver included."""
     if result.device_peak is None or result.device_reserved is None:
-        return {}
+        return {"resident_vs_predicted": result.peaks.resident / planned}
     return {
         "device_peak": result.device_peak,
         "device_reserved": result.device_reserved,
