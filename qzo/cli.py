@@ -5,7 +5,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -27,6 +27,9 @@ from qzo.terminal import (
     stderr_console,
     stdout_for,
 )
+
+if TYPE_CHECKING:
+    from qzo.checkpoint import Checkpoint
 
 app = typer.Typer(
     name="qzo",
@@ -323,17 +326,20 @@ def evaluate(
         opened = open_checkpoint(checkpoint, revision)
         tuned = None if adapter is None else open_adapter(Path(adapter))
         tokenizer = load_tokenizer(opened.folder)
-        examples = read_set(
-            task=task,
-            data=data,
-            split="validation",
-            tokenizer=tokenizer,
-            max_length=max_length,
-            num_examples=num_examples,
-            is_prompted=prompt == "template",
-            labelling=labelling,
-        )
+        with progress_bar("reading the data"):
+            examples = read_set(
+                task=task,
+                data=data,
+                split="validation",
+                tokenizer=tokenizer,
+                max_length=max_length,
+                num_examples=num_examples,
+                is_prompted=prompt == "template",
+                labelling=labelling,
+            )
         shape = evaluation_shape(examples, batch_size, MAX_NEW_TOKENS)
+        if tuned is not None:
+            _wait_for_digests(opened)
         with loading_progress(_stderr, is_silent=as_json) as loading:
             model = load_for_inference(opened, place, shape, adapter=tuned, progress=loading)
         live = quant_linears(model)[0].live
@@ -367,7 +373,8 @@ def replay(
     from qzo.replay import replay as rebuild
 
     with stdout_for(as_json) as print_json:
-        found = rebuild(run, to_step=to_step, out=out, base=base, revision=revision)
+        with progress_bar("rebuilding the scales"):
+            found = rebuild(run, to_step=to_step, out=out, base=base, revision=revision)
         show(asdict(found), as_json, print_json)
 
 
@@ -409,16 +416,18 @@ def export(
     from qzo.export import export as write
 
     with stdout_for(as_json) as print_json, hardware_errors("free some memory"):
-        written = write(
-            run,
-            out,
-            base=base,
-            revision=revision,
-            verify=verify,
-            device=device,
-            dtype=dtype,
-            memory_limit=memory_limit,
-        )
+        with progress_bar("reading the base") as progress:
+            written = write(
+                run,
+                out,
+                base=base,
+                revision=revision,
+                verify=verify,
+                device=device,
+                dtype=dtype,
+                memory_limit=memory_limit,
+                progress=progress,
+            )
         show(asdict(written), as_json, print_json)
 
 
@@ -469,6 +478,8 @@ def generate(
         if chat is None and has_chat_template(tokenizer) and not as_json:
             _stderr.print(_CHAT_HINT, soft_wrap=True)
         tokens = len(encode_prompt(tokenizer, text, max_length=room))
+        if tuned is not None:
+            _wait_for_digests(opened)
         with loading_progress(_stderr, is_silent=as_json) as loading:
             model = load_for_inference(
                 opened,
@@ -484,6 +495,12 @@ def generate(
             print_json({"prompt": prompt, "completion": answer})
         else:
             print(answer if chat else prompt + answer)
+
+
+def _wait_for_digests(checkpoint: "Checkpoint") -> None:
+    """Read all codes of a base, to see whether an adapter belongs to it; that takes a while."""
+    with progress_bar("reading the codes of the base"):
+        checkpoint.digests.result()
 
 
 def _lower(*flags: str | int) -> str:

@@ -5,7 +5,7 @@ the export counts as done (``export_check``).
 """
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -34,6 +34,7 @@ from qzo.replay import replay
 from qzo.run_folder import Reference, read_reference
 from qzo.tensor_files import TensorFiles, index_of, write_safetensors
 
+Progress = Callable[..., None]
 _CONFIGS = ("config.json", "quantize_config.json")
 
 
@@ -67,6 +68,7 @@ def export(
     device: str | None = None,
     dtype: str | torch.dtype | None = None,
     memory_limit: str | None = None,
+    progress: Progress | None = None,
 ) -> Exported:
     """Write the full checkpoint of a run.
 
@@ -79,6 +81,8 @@ def export(
         device: Where that is computed; a CUDA device where there is one, unless given.
         dtype: In which dtype; that of the run unless given.
         memory_limit: Such as ``4GiB``: the decoder blocks that do not fit stream.
+        progress: Told how many files are written, then how many layers are loaded and how many
+            examples are evaluated to check them, of how many, and which of the three it is.
     """
     folder, target = Path(run), Path(out)
     name = None if dtype is None else str(dtype).removeprefix("torch.")
@@ -94,8 +98,8 @@ def export(
         checkpoint = open_base(recorded, Path(run), base=base, revision=revision)
         check_base(checkpoint, adapter.config)
         reference = read_reference(folder) if verify else None
-        _write_files(checkpoint, adapter, partial)
-        losses = _verified(partial, target, reference, place) if verify else None
+        _write_files(checkpoint, adapter, partial, progress)
+        losses = _verified(partial, target, reference, place, progress) if verify else None
     unquantized = tuple(unquantized_tensors(adapter))
     num_scales = len(adapter.tensors.files) - len(unquantized)
     trained, exported = (losses.trained, losses.exported) if losses else (None, None)
@@ -103,7 +107,11 @@ def export(
 
 
 def _verified(
-    partial: Path, target: Path, reference: Reference | None, place: Placement
+    partial: Path,
+    target: Path,
+    reference: Reference | None,
+    place: Placement,
+    progress: Progress | None,
 ) -> Losses | None:
     """Check what was written; set it aside under another name if the check fails.
 
@@ -111,7 +119,7 @@ def _verified(
         CheckpointError: It failed.
     """
     try:
-        return check_export(partial, reference, place)
+        return check_export(partial, reference, place, progress)
     except Exception as error:
         kept = target.with_name(f"{target.name}.unverified")
         remove(kept)  # of an earlier try
@@ -145,9 +153,14 @@ def _check_folds(adapter: Adapter, run: str) -> None:
         )
 
 
-def _write_files(checkpoint: Checkpoint, adapter: Adapter, folder: Path) -> None:
+def _write_files(
+    checkpoint: Checkpoint, adapter: Adapter, folder: Path, progress: Progress | None
+) -> None:
     replaced = _replaced_tensors(checkpoint, adapter)
-    for name in dict.fromkeys(checkpoint.tensors.files.values()):
+    names = list(dict.fromkeys(checkpoint.tensors.files.values()))
+    for number, name in enumerate(names):
+        if progress is not None:
+            progress(number, len(names), "writing")
         entries = list(_entries(checkpoint, name, replaced))
         write_safetensors(folder / name, entries, checkpoint.tensors.metadata(name))
     index = index_of(checkpoint.folder)

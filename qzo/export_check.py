@@ -4,6 +4,7 @@ The trained loss was measured in the dtype of the run, with the scales in float3
 with like: the files compute in the same dtype, and two numbers may differ by what rounding does.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,7 +49,12 @@ class Losses:
     exported: float
 
 
-def check_export(folder: Path, reference: Reference | None, placement: Placement) -> Losses | None:
+def check_export(
+    folder: Path,
+    reference: Reference | None,
+    placement: Placement,
+    progress: Callable[..., None] | None = None,
+) -> Losses | None:
     """Load what was exported and compare its loss with the trained model's.
 
     Args:
@@ -56,6 +62,7 @@ def check_export(folder: Path, reference: Reference | None, placement: Placement
         reference: Of the run; without one, the files are loaded and no more.
         placement: Device and memory limit, and the dtype if it is not that of the run. Within a
             limit, the examples are evaluated one at a time.
+        progress: Told how many layers are loaded and examples evaluated, of how many, and which.
 
     Returns:
         The losses, None without a reference.
@@ -67,11 +74,13 @@ def check_export(folder: Path, reference: Reference | None, placement: Placement
     place = Placement(placement.device, dtype, placement.memory_limit)
     batch_size = 1 if reference is None or place.memory_limit else len(reference.data.examples)
     shape = evaluation_shape(reference.data, batch_size, 0) if reference else _ONE_TOKEN
-    model = load_for_inference(open_checkpoint(folder), place, shape, lower=_LOWER)
+    loading, checking = (_named(progress, name) for name in ("loading", "checking"))
+    exported = open_checkpoint(folder)
+    model = load_for_inference(exported, place, shape, lower=_LOWER, progress=loading)
     if reference is None:
         return None
     live = quant_linears(model)[0].live
-    loss = evaluate(model, live, reference.data, batch_size=batch_size).loss
+    loss = evaluate(model, live, reference.data, batch_size=batch_size, progress=checking).loss
     tolerance = max(_TOLERANCES[reference.dtype], _TOLERANCES[model.dtype])
     if not abs(loss - reference.loss) <= tolerance:  # also true for NaN
         name = str(model.dtype).removeprefix("torch.")
@@ -80,3 +89,7 @@ def check_export(folder: Path, reference: Reference | None, placement: Placement
             f"from the exported files, got {loss:.4f} in {name} on {place.device}"
         )
     return Losses(reference.loss, loss)
+
+
+def _named(progress: Callable[..., None] | None, name: str) -> Callable[[int, int], None] | None:
+    return None if progress is None else lambda done, total: progress(done, total, name)

@@ -29,6 +29,7 @@ from qzo import cli, run
 from qzo.checks import Check, Status
 from qzo.cli import app
 from qzo.doctor import Report
+from qzo.export import export
 from qzo.progress import ProgressCallback, loading_progress
 from qzo.recipe_file import read_recipe
 from qzo.run import base_checkpoint
@@ -322,6 +323,39 @@ def test_an_evaluation_inside_a_run_shows_its_progress(place: Place, tmp_path: P
 
     assert told[:3] == [(3, 8), (6, 8), (8, 8)]  # before the first step
     assert "evaluating" in shown.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_what_reads_or_writes_all_of_a_checkpoint_shows_its_progress(
+    qzo: Run, place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def shown(*arguments: Any) -> str:
+        file = io.StringIO()
+        monkeypatch.setattr(
+            "qzo.terminal.stderr_console",
+            lambda: Console(file=file, force_terminal=True, width=100),
+        )
+        ran = qzo(*arguments, "--json")
+        assert ran.value
+        assert (ran.code, ran.err) == (0, "")
+        return file.getvalue()
+
+    evaluated = shown("eval", place.base, "--data", place.data, "--adapter", place.run)
+
+    assert "reading the data" in evaluated
+    assert "reading the codes of the base" in evaluated
+    assert "rebuilding the scales" in shown("replay", place.run)
+    assert "reading the base" in shown("export", place.run, "--out", tmp_path / "out")
+
+
+def test_an_export_tells_what_it_does(place: Place, tmp_path: Path) -> None:
+    told: list[tuple[int, int, str]] = []
+
+    export(place.run, tmp_path / "out", progress=lambda *done: told.append(done))
+
+    assert told[0] == (0, 1, "writing")
+    assert [name for _, _, name in told] == ["writing", *["loading"] * (len(told) - 2), "checking"]
+    assert told[-2] == (7, 7, "loading")
+    assert told[-1][:2] == (8, 8)
 
 
 def test_a_bar_appears_where_loading_takes_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
