@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from jaxtyping import install_import_hook
+from support import interpreter
 
 # Before qzo and quantizers are imported. With is_pep484_tower an int is a float.
 CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
@@ -14,6 +15,7 @@ install_import_hook(["qzo", "quantizers"], CHECKER)
 # Before Triton is imported: without a GPU its kernels run in its interpreter.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    interpreter.mend()
 
 torch.set_num_threads(1)  # sums in the same order on every machine
 
