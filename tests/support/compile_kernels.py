@@ -1,7 +1,7 @@
 """Compile the Triton kernels for NVIDIA GPUs on a machine without one, and name what came out.
 
-Run as a script, with a capability (90), and perhaps a layout (zeros) or ``directions`` for no
-layout: in a process whose Triton interprets kernels there is nothing to compile.
+Run as a script, with a capability (90), and perhaps a layout (zeros): in a process whose Triton
+interprets kernels there is nothing to compile.
 """
 
 import sys
