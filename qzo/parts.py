@@ -24,6 +24,7 @@ from qzo.mapped import TILE_ELEMENTS as HEAD_TILE_ELEMENTS
 from qzo.optimizers import REMEMBERED
 from qzo.placement import DTYPES
 from qzo.shapes import LinearShape, ModelShapes
+from qzo.stack import LOGITS_ELEMENTS
 from qzo.workload import Differentiated, Trained, Workload
 
 TILE_STEP = 32  # rows; a tile has a multiple of them
@@ -270,11 +271,13 @@ def _keys_and_values(workload: Workload, token_values: int) -> Part:
 def _logits(workload: Workload, vocab_size: int, row_bytes: int) -> Part:
     """Count what logits need beyond the activations, which are gone by then."""
     size, positions = DTYPES[workload.dtype].itemsize, workload.forward_rows * workload.answer_len
-    num_bytes = positions * vocab_size * size + vocab_size * 8
+    at_once = min(positions, max(LOGITS_ELEMENTS // vocab_size, 1))
+    in_fp32 = 1 if workload.device == "cpu" else at_once
+    num_bytes = vocab_size * (at_once * size + in_fp32 * 8)
     formula = (
-        f"{_rows(workload)} x {workload.answer_len} answer positions x {vocab_size:,} tokens x "
-        f"{size} bytes, + 8 bytes at one position (log-sum-exp in fp32) = {num_bytes:,}; what "
-        "exceeds the activations, which are gone by then"
+        f"{at_once:,} at a time of {_rows(workload)} x {workload.answer_len} answer positions x "
+        f"{vocab_size:,} tokens x {size} bytes, + 8 bytes at {in_fp32:,} of them (log-sum-exp in "
+        f"fp32) = {num_bytes:,}; what exceeds the activations, which are gone by then"
     )
     return Part("logits", max(num_bytes - workload.forward_rows * row_bytes, 0), formula)
 

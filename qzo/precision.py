@@ -1,4 +1,4 @@
-"""Compute in fp32 with a model that is stored in 16 bits.
+"""Compute in fp32, in part or whole, with a model that is stored in 16 bits.
 
 CPUs multiply fp16 and bf16 matrices many times slower than fp32 ones. Here every module computes on
 an fp32 copy of its own parameters, made when it is called and dropped when it returns; so memory
@@ -39,6 +39,26 @@ def computing_in_fp32(modules: Iterable[nn.Module]) -> Iterator[None]:
             handle.remove()
         for parameter, tensor in stored.items():  # of modules that an exception left
             parameter.data = tensor
+
+
+@contextmanager
+def sums_in_fp32() -> Iterator[None]:
+    """Let products of 16-bit matrices on CUDA be summed in fp32 alone inside the ``with`` block.
+
+    Unless told otherwise, torch lets cuBLAS round partial sums to 16 bits.
+    """
+    settings = torch.backends.cuda.matmul
+    before = (
+        settings.allow_fp16_reduced_precision_reduction,
+        settings.allow_bf16_reduced_precision_reduction,
+    )
+    settings.allow_fp16_reduced_precision_reduction = False
+    settings.allow_bf16_reduced_precision_reduction = False
+    try:
+        yield
+    finally:
+        settings.allow_fp16_reduced_precision_reduction = before[0]
+        settings.allow_bf16_reduced_precision_reduction = before[1]
 
 
 def _widen(parameters: list[nn.Parameter], stored: dict[nn.Parameter, Tensor]) -> Any:

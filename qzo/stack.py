@@ -4,8 +4,8 @@ Up to the first block with trained scales all probes compute the same, so there 
 once; in front of that block (the fork) its tokens are repeated, once for every probe that covers
 them. Tokens are packed into one row (``attention``) and a prefix that texts of a probe have in
 common is computed once. A model whose tokens meet elsewhere than in causal attention gets rows
-padded on the right instead. Only answer positions reach the head, so the logits of whole sequences
-never exist.
+padded on the right instead. Only answer positions reach the head, some at a time, so the logits of
+whole sequences never exist.
 """
 
 from bisect import bisect_left
@@ -25,9 +25,12 @@ from transformers import PreTrainedModel
 from qzo.attention import PackedRows, pack_rows, packed_attention
 from qzo.encoding import EncodedExample
 from qzo.linear import Live
+from qzo.precision import sums_in_fp32
 from qzo.prefix import prefixes_of_texts
 
 Text = Sequence[int]  # token ids
+
+LOGITS_ELEMENTS = 2**25  # that exist at one time
 
 
 @dataclass(frozen=True)
@@ -215,13 +218,66 @@ def _count_below(columns: Sequence[int], bounds: Sequence[int]) -> tuple[int, ..
 
 def answer_scores(model: PreTrainedModel, live: Live, stack: Stack) -> list[list[float]]:
     """Return the mean log-probability per token (nats) of every candidate of every item."""
+    targets = _Targets.of(stack)
     with torch.inference_mode():
-        logits = _answer_logits(model, live, stack)
-        values = iter(_log_probabilities(logits, stack.answers).tolist())
+        parts = [
+            targets.log_probabilities(logits, first)
+            for first, logits in _logits_in_chunks(model, live, stack)
+        ]
+        found = torch.cat(parts).tolist()
+    values = iter([found[place] for place in targets.places])
     return [
         [sum(next(values) for _ in a.columns) / len(a.columns) for a in item]
         for item in stack.answers
     ]
+
+
+@dataclass(frozen=True)
+class _Targets:
+    """The tokens to be predicted, in the order of their answer positions.
+
+    Attributes:
+        bounds: How many of them come before each answer position, and before the end.
+        columns: The answer position of each.
+        tokens: Their ids.
+        places: Where each target is found here, answer by answer.
+    """
+
+    bounds: tuple[int, ...]
+    columns: Int[Tensor, " targets"]
+    tokens: Int[Tensor, " targets"]
+    places: tuple[int, ...]
+
+    @classmethod
+    def of(cls, stack: Stack) -> "_Targets":
+        """Return the targets of a stack, on its device before the forward starts."""
+        answers = [answer for item in stack.answers for answer in item]
+        columns = [column for answer in answers for column in answer.columns]
+        tokens = [target for answer in answers for target in answer.targets]
+        order = sorted(range(len(columns)), key=columns.__getitem__)
+        by_column = [columns[place] for place in order]
+        device = stack.answer_positions.device
+        return cls(
+            _count_below(by_column, range(len(stack.answer_positions) + 1)),
+            torch.tensor(by_column, device=device),
+            torch.tensor([tokens[place] for place in order], device=device),
+            tuple(sorted(range(len(order)), key=order.__getitem__)),
+        )
+
+    def log_probabilities(
+        self, logits: Float[Tensor, "positions vocabulary"], first: int
+    ) -> Float[Tensor, " _"]:
+        """Return those of the targets at some positions, the first of which has a number."""
+        here = slice(self.bounds[first], self.bounds[first + len(logits)])
+        columns = self.columns[here] - first
+        return logits[columns, self.tokens[here]].float() - _log_totals(logits)[columns]
+
+
+def _log_totals(logits: Float[Tensor, "positions vocabulary"]) -> Float[Tensor, " positions"]:
+    """Return the log-sum-exp of every row in fp32; on a CPU one row at a time, in its cache."""
+    if logits.is_cuda:
+        return logits.float().logsumexp(-1)
+    return torch.stack([row.float().logsumexp(-1) for row in logits])
 
 
 def exact_scores(
@@ -238,43 +294,102 @@ def exact_scores(
 def _answer_logits(
     model: PreTrainedModel, live: Live, stack: Stack
 ) -> Float[Tensor, "answers vocabulary"]:
+    """Return the logits of all answer positions together."""
+    ((_, logits),) = _logits_in_chunks(model, live, stack, rows=len(stack.answer_positions))
+    return logits
+
+
+def _logits_in_chunks(
+    model: PreTrainedModel, live: Live, stack: Stack, rows: int | None = None
+) -> Iterator[tuple[int, Float[Tensor, "positions vocabulary"]]]:
+    """Yield the number of a first answer position and the logits of so many rows from there.
+
+    The model's own forward makes the logits of every chunk, as some change what the head returns;
+    what comes before the head runs once.
+
+    Args:
+        model: The model.
+        live: What its layers see.
+        stack: The batch.
+        rows: Of a chunk; as many as ``LOGITS_ELEMENTS`` allow unless given.
+    """
+    count = len(stack.answer_positions)
+    rows = rows or max(LOGITS_ELEMENTS // model.config.get_text_config().vocab_size, 1)
     prefixes = partial(prefixes_of_texts, live) if live.has_prefixes else None
     with ExitStack() as context:
+        context.enter_context(sums_in_fp32())
         context.enter_context(_forked(live, stack))
-        context.enter_context(_head_sees(model, live, stack))
+        chunk = context.enter_context(_head_sees(model, live, stack, rows))
         if stack.front.attention is not None:
             context.enter_context(packed_attention(model, lambda: live.attention, prefixes))
-        logits: Tensor = model(
-            input_ids=stack.input_ids, position_ids=stack.position_ids, use_cache=False
-        ).logits
-    return logits[0]
+        if count > rows:
+            context.enter_context(_running_once(model.get_decoder()))
+        for first in range(0, count, rows):
+            chunk.first = first
+            output = model(
+                input_ids=stack.input_ids, position_ids=stack.position_ids, use_cache=False
+            )
+            yield first, output.logits[0]
 
 
 def _log_probabilities(
     logits: Float[Tensor, "answers vocabulary"], items: Sequence[Sequence[Answer]]
 ) -> Float[Tensor, " targets"]:
     """Return the log-probability of every target of every answer."""
-    log_totals = torch.stack([row.float().logsumexp(-1) for row in logits])
+    log_totals = _log_totals(logits)
     flat = [answer for item in items for answer in item]
     columns = [column for a in flat for column in a.columns]
     targets = [target for a in flat for target in a.targets]
     return logits[columns, targets].float() - log_totals[columns]
 
 
+@dataclass
+class _Chunk:
+    """The answer positions that the head sees at the moment, from the first one on."""
+
+    first: int = 0
+
+
 @contextmanager
-def _head_sees(model: PreTrainedModel, live: Live, stack: Stack) -> Iterator[None]:
-    """Let only answer positions reach the head while the block runs."""
+def _head_sees(model: PreTrainedModel, live: Live, stack: Stack, rows: int) -> Iterator[_Chunk]:
+    """Let only some answer positions reach the head while the block runs."""
+    chunk = _Chunk()
 
     def select(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        live.bounds = stack.answer_bounds
+        stop = min(chunk.first + rows, stack.answer_bounds[-1])
+        live.bounds = [
+            min(max(bound, chunk.first), stop) - chunk.first for bound in stack.answer_bounds
+        ]
+        positions = stack.answer_positions[chunk.first : stop]
         hidden = inputs[0].reshape(-1, inputs[0].shape[-1])
-        return (hidden.index_select(0, stack.answer_positions)[None], *inputs[1:])
+        return (hidden.index_select(0, positions)[None], *inputs[1:])
 
     handle = model.get_output_embeddings().register_forward_pre_hook(select)
     try:
-        yield
+        yield chunk
     finally:
         handle.remove()
+
+
+@contextmanager
+def _running_once(module: nn.Module) -> Iterator[None]:
+    """Let a module return the result of its first call at every call while the block runs."""
+    forward = module.forward
+    results: list[Any] = []
+
+    def remembered(*inputs: Any, **named: Any) -> Any:
+        if not results:
+            results.append(forward(*inputs, **named))
+        return results[0]
+
+    own = vars(module).get("forward")
+    module.forward = remembered
+    try:
+        yield
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own
 
 
 @contextmanager

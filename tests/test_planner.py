@@ -241,6 +241,17 @@ def test_logits_count_where_they_exceed_the_activations(tmp_path: Path) -> None:
     assert sizes(plan(folder, batch_size=3, seq_len=4096))["logits"] == 0
 
 
+@pytest.mark.parametrize(("dtype", "in_fp32"), [("float32", 8), ("float16", 8 * 671)])
+def test_logits_of_long_answers_exist_in_chunks(tmp_path: Path, dtype: str, in_fp32: int) -> None:
+    folder = write_config(tmp_path, TOY | {"vocab_size": 50_000}, GPTQ)
+    device = "cpu" if dtype == "float32" else "cuda"
+    result = plan(folder, batch_size=3, seq_len=200, answer_len=200, device=device, dtype=dtype)
+
+    rows = 2**25 // 50_000  # of 1,200
+    logits = rows * 50_000 * (4 if dtype == "float32" else 2) + 50_000 * in_fp32
+    assert sizes(result)["logits"] == logits - sizes(result)["activations"]
+
+
 @pytest.mark.parametrize(("seq_len", "kept"), [(8, 0.75 * 48 * 3328 * 4), (4096, 110 * 2**20)])
 def test_the_allocator_keeps_a_share_of_few_activations(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seq_len: int, kept: float
