@@ -44,8 +44,8 @@ def load(
 
     Args:
         path: A folder, or the id of a repository on the hub.
-        dtype: Of activations and unquantized tensors; float32 on a CPU and the dtype of
-            ``config.json`` elsewhere, unless given.
+        dtype: Of activations and unquantized tensors; unless given, float32 on a CPU, and float16
+            on CUDA but for a few models (see ``default_dtype``).
         device: Where the model goes.
         revision: A branch, tag or commit of the repository.
 

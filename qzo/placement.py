@@ -15,6 +15,10 @@ from qzo.checkpoint import dtype_name
 from qzo.errors import ConfigError
 from qzo.memory import parse_memory
 
+# Families that overflow in float16: huggingface/transformers issue 36822 for Gemma 3, and the
+# models that vLLM refuses to run in it (``vllm/config/model.py``).
+_BEYOND_FLOAT16 = ("gemma", "glm4", "plamo2")
+
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -77,8 +81,19 @@ def device_of(name: str | None) -> torch.device:
 def default_dtype(config: Mapping[str, Any], device: str) -> str:
     """Return the dtype that a model computes in unless told otherwise.
 
+    On CUDA that is float16, also for models that were trained in bfloat16: in float16 a directional
+    derivative is several times its rounding error, in bfloat16 about as large (measured:
+    recipes/BENCHMARKS.md). float32 stays, and so does bfloat16 of families that overflow in
+    float16.
+
     Args:
         config: The content of ``config.json``.
-        device: ``cpu``, which computes in float32; on ``cuda`` the dtype of the config counts.
+        device: ``cpu``, which computes in float32, or ``cuda``.
     """
-    return "float32" if device == "cpu" else dtype_name(config)
+    if device == "cpu":
+        return "float32"
+    stored = dtype_name(config)
+    family = str(config.get("model_type", ""))
+    if stored != "bfloat16" or any(name in family for name in _BEYOND_FLOAT16):
+        return stored
+    return "float16"

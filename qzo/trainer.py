@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
 
@@ -221,8 +222,8 @@ class Trainer:
             if skipped_in_a_row >= config.zo.max_skipped_steps:
                 raise DivergedError(
                     f"{self._measured}: expected finite values, got none in {skipped_in_a_row} "
-                    f"steps in a row up to step {step}; lower learning_rate or zo.epsilon. The "
-                    "journal and the scales are intact"
+                    f"steps in a row up to step {step}; lower learning_rate or zo.epsilon"
+                    f"{_other_dtype(self.model)}. The journal and the scales are intact"
                 )
             between.note(measured)
             self._events.tell("step_end", step + 1)
@@ -431,3 +432,10 @@ class Trainer:
             lambda: write_reference(self.folder, reference),
         )
         apply_adapter(self.model, self.checkpoint, open_adapter(self.folder))
+
+
+def _other_dtype(model: PreTrainedModel) -> str:
+    """Return what else helps where numbers do not fit the dtype of a model."""
+    if model.dtype != torch.float16:
+        return ""
+    return ", or set dtype: bfloat16 or float32: nothing above 65,504 fits float16"

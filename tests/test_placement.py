@@ -14,7 +14,7 @@ from qzo.errors import ConfigError
 from qzo.examples import ExampleSet
 from qzo.inference import load_for_inference
 from qzo.model import decoder_blocks
-from qzo.placement import Placement, placement
+from qzo.placement import Placement, default_dtype, placement
 from qzo.planner import plan
 from qzo.run_memory import planned_bytes
 
@@ -114,8 +114,7 @@ def test_a_plan_takes_device_and_dtype_apart(base: Path) -> None:
     assert half["activations"] * 2 == cpu["activations"]
     assert full["activations"] == cpu["activations"]
     assert cuda["framework"] == full["framework"] > cpu["framework"] > half["framework"] - 2**27
-    stored = plan(base, device="cuda").workload.dtype
-    assert stored == str(open_checkpoint(base).config["dtype"])
+    assert plan(base, device="cuda").workload.dtype == "float16"
     with pytest.raises(ConfigError, match=r"^device: expected 'cpu' or 'cuda', got 'tpu'$"):
         plan(base, device="tpu")
 
@@ -129,3 +128,23 @@ def test_a_run_on_a_cpu_is_planned_in_its_dtype(base: Path) -> None:
         for dtype in (None, "bfloat16")
     )
     assert half < full
+
+
+@pytest.mark.parametrize(
+    ("config", "dtype"),
+    [
+        ({"dtype": "bfloat16", "model_type": "llama"}, "float16"),
+        ({"torch_dtype": "bfloat16", "model_type": "qwen2"}, "float16"),
+        ({"dtype": "bfloat16", "model_type": "gemma3_text"}, "bfloat16"),
+        ({"dtype": "bfloat16", "model_type": "recurrent_gemma"}, "bfloat16"),
+        ({"dtype": "bfloat16", "model_type": "glm4"}, "bfloat16"),
+        ({"dtype": "float16", "model_type": "opt"}, "float16"),
+        ({"dtype": "float32", "model_type": "llama"}, "float32"),
+        ({}, "float16"),
+    ],
+)
+def test_cuda_computes_in_float16_unless_numbers_do_not_fit(
+    config: dict[str, str], dtype: str
+) -> None:
+    assert default_dtype(config, "cuda") == dtype
+    assert default_dtype(config, "cpu") == "float32"

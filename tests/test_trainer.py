@@ -609,6 +609,15 @@ def test_training_stops_after_too_many_skipped_steps_in_a_row(base: Path, tmp_pa
     assert torch.isfinite(trainer.scales.values).all()
 
 
+def test_a_diverged_run_in_float16_names_the_other_dtypes(base: Path, tmp_path: Path) -> None:
+    settings = tiny_recipe(base, tmp_path / "run", zo={"max_skipped_steps": 1})
+    trainer = Trainer(qzo.load(base, torch.float16), settings, RECORDS)
+    with_bad_losses(trainer, lambda *_: math.nan)
+    message = r"epsilon, or set dtype: bfloat16 or float32: nothing above 65,504 fits float16\. "
+    with pytest.raises(QZOError, match=message):
+        trainer.train()
+
+
 def test_averages_leave_out_what_is_not_finite(base: Path, tmp_path: Path) -> None:
     trainer = tiny_trainer(base, tmp_path / "run", max_steps=2, logging_steps=1)
     with_bad_losses(trainer, lambda step, _: math.nan if step == 1 else None)
