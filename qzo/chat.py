@@ -33,8 +33,14 @@ def assistant_spans(messages: Sequence[Message], render: Render) -> list[tuple[i
 
 def num_shared(first: Sequence[Any], second: Sequence[Any]) -> int:
     """Return the length of the longest common prefix of two texts or token lists."""
-    pairs = zip(first, second, strict=False)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
+    low, high = 0, min(len(first), len(second))
+    while low < high:  # slices are compared much faster than their items one by one
+        middle = (low + high + 1) // 2
+        if first[low:middle] == second[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 def turn_span(messages: Sequence[Message], turn: int, render: Render) -> tuple[int, int, int]:

@@ -14,13 +14,16 @@ Completions and texts end with the end-of-text token, so that generation learns 
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 from qzo.encoding import (
     EncodedExample,
+    Texts,
     Tokenizer,
+    conversation_texts,
     encode_candidates,
     encode_messages,
     encode_text,
@@ -29,6 +32,7 @@ from qzo.errors import DataError
 from qzo.records import READERS, Record, read_hub, read_records
 
 Item = TypeVar("Item")
+_BATCH_ROWS = 256  # tokenized in one call
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
@@ -66,38 +70,58 @@ def load_records(source: str | Path, split: str | None = None) -> list[Record]:
 
 
 def encode_records(
+    records: Sequence[Record], tokenizer: Tokenizer, *, max_length: int
+) -> list[EncodedExample]:
+    """Encode records of any layout but labelled text, in order; see ``encoded_batches``."""
+    batches = encoded_batches(records, Texts(tokenizer), max_length=max_length)
+    return [example for _, examples in batches for example in examples]
+
+
+def encoded_batches(
     records: Sequence[Record],
-    tokenizer: Tokenizer,
+    texts: Texts,
     *,
     max_length: int,
     numbers: Sequence[int] | None = None,
-) -> list[EncodedExample]:
-    """Encode records of any of the three layouts, in order.
+    num_examples: int | None = None,
+) -> Iterator[tuple[Sequence[Record], list[EncodedExample]]]:
+    """Encode records batch by batch, each tokenized at once.
 
     Args:
         records: Rows of one layout, which the first row decides; not modified.
-        tokenizer: A transformers tokenizer.
+        texts: Tokenizes; holds what the present batch needs.
         max_length: The largest number of tokens of a row of an example.
         numbers: Those of the rows in their file, for messages; counted from 1 unless given.
+        num_examples: Enough; no batch is begun behind so many.
 
-    Returns:
-        One example for each record, but for long texts several, and for blank ones none.
+    Yields:
+        The records of a batch, and an example for each of them; but for long texts several, and
+        for blank ones none.
 
     Raises:
-        DataError: A column is missing or holds something else; the message names the row.
+        DataError: A column is missing or holds something else; the message names the row. Or
+            there is no example.
     """
     if not records:
         raise DataError("data: expected at least one row, got none; is this the right file?")
-    encode = _find_layout(records[0])
-    examples: list[EncodedExample] = []
-    for row, record in zip(numbers or range(1, len(records) + 1), records, strict=True):
-        try:
-            examples += encode(record, tokenizer, max_length)
-        except DataError as error:
-            raise DataError(f"row {row}: {error}") from error
-    if not examples:
+    encode, expect = _find_layout(records[0])
+    count = 0
+    for start in range(0, len(records), _BATCH_ROWS):
+        batch, examples = records[start : start + _BATCH_ROWS], list[EncodedExample]()
+        texts.forget()
+        expect(batch, texts)
+        for place, record in enumerate(batch, start):
+            try:
+                examples += encode(record, texts, max_length)
+            except DataError as error:
+                row = place + 1 if numbers is None else numbers[place]
+                raise DataError(f"row {row}: {error}") from error
+        yield batch, examples
+        count += len(examples)
+        if num_examples is not None and count >= num_examples:
+            break
+    if count == 0:
         raise DataError("text: expected at least one text that is not blank, got none; add one")
-    return examples
 
 
 def hold_out(
@@ -150,12 +174,45 @@ def _read_folder(folder: Path, split: str | None) -> list[Record]:
     return [record for path in chosen for record in read_records(path)]
 
 
-_Encode: TypeAlias = Callable[[Record, Tokenizer, int], list[EncodedExample]]
+_Encode: TypeAlias = Callable[[Record, Texts, int], list[EncodedExample]]
+_Expect: TypeAlias = Callable[[Sequence[Record], Texts], None]
 
 
-def _encode_completion(
-    record: Record, tokenizer: Tokenizer, max_length: int
-) -> list[EncodedExample]:
+def _expect_completions(records: Sequence[Record], texts: Texts) -> None:
+    """Tokenize what ``_encode_completion`` will ask for; what is no text it will refuse itself."""
+    expected = []
+    for record in records:
+        prompt, answers = record.get("prompt"), record.get("candidates") or []
+        answers = [record.get("completion"), *(answers if isinstance(answers, list) else [])]
+        if isinstance(prompt, str):
+            expected.append(prompt)
+            expected += [prompt + answer for answer in answers if isinstance(answer, str)]
+    texts.expect(expected)
+
+
+def _expect_conversations(records: Sequence[Record], texts: Texts) -> None:
+    expected = []
+    for record in records:
+        if _is_conversation(record.get("messages")):
+            with suppress(DataError):
+                expected += conversation_texts(texts, record["messages"])
+    texts.expect(expected, add_special_tokens=False)
+
+
+def _is_conversation(messages: Any) -> bool:
+    return isinstance(messages, list) and all(
+        isinstance(message, Mapping)
+        and all(isinstance(message.get(key), str) for key in ("role", "content"))
+        for message in messages
+    )
+
+
+def _expect_documents(records: Sequence[Record], texts: Texts) -> None:
+    found = [record.get("text") for record in records]
+    texts.expect(text for text in found if isinstance(text, str) and text.strip())
+
+
+def _encode_completion(record: Record, tokenizer: Texts, max_length: int) -> list[EncodedExample]:
     prompt, completion = _filled_text(record, "prompt"), _filled_text(record, "completion")
     candidates = _candidates(record, completion)
     example = encode_candidates(
@@ -169,9 +226,7 @@ def _encode_completion(
     return [example]
 
 
-def _encode_conversation(
-    record: Record, tokenizer: Tokenizer, max_length: int
-) -> list[EncodedExample]:
+def _encode_conversation(record: Record, tokenizer: Texts, max_length: int) -> list[EncodedExample]:
     messages = _value(record, "messages")
     if not isinstance(messages, list) or not messages:
         raise DataError(
@@ -193,24 +248,24 @@ def _encode_conversation(
     return [encode_messages(tokenizer, messages, max_length=max_length)]
 
 
-def _encode_document(record: Record, tokenizer: Tokenizer, max_length: int) -> list[EncodedExample]:
+def _encode_document(record: Record, tokenizer: Texts, max_length: int) -> list[EncodedExample]:
     text = _text(record, "text")
     if not text.strip():
         return []
     return encode_text(tokenizer, text, max_length=max_length, add_eos=True)
 
 
-_LAYOUTS: dict[tuple[str, ...], _Encode] = {
-    ("prompt", "completion"): _encode_completion,
-    ("messages",): _encode_conversation,
-    ("text",): _encode_document,
+_LAYOUTS: dict[tuple[str, ...], tuple[_Encode, _Expect]] = {
+    ("prompt", "completion"): (_encode_completion, _expect_completions),
+    ("messages",): (_encode_conversation, _expect_conversations),
+    ("text",): (_encode_document, _expect_documents),
 }
 
 
-def _find_layout(record: Record) -> _Encode:
-    for columns, encode in _LAYOUTS.items():
+def _find_layout(record: Record) -> tuple[_Encode, _Expect]:
+    for columns, functions in _LAYOUTS.items():
         if all(column in record for column in columns):
-            return encode
+            return functions
     layouts = "; or ".join(" and ".join(columns) for columns in _LAYOUTS)
     raise DataError(
         f"columns: expected {layouts}, got {', '.join(map(str, record)) or 'none'}; "

@@ -9,7 +9,7 @@ A row longer than ``max_length`` loses tokens on the left, behind the beginning-
 Source: MeZO (arXiv 2305.17333) encodes its prompts and answers so.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias, cast
 
@@ -57,8 +57,64 @@ class EncodedExample:
     """Index of the right candidate."""
 
 
+class Texts:
+    """What a tokenizer makes of the texts and conversations of a batch, each computed once.
+
+    Args:
+        tokenizer: A transformers tokenizer.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._ids: dict[tuple[str, bool], list[int]] = {}
+        self._rendered: dict[str, str] = {}
+        self._render = _renderer(tokenizer)
+
+    @property
+    def bos_token_id(self) -> int | None:
+        """Token that the tokenizer puts first, if it has one."""
+        return cast("int | None", self._tokenizer.bos_token_id)
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """Token that ends a text, if the tokenizer has one."""
+        return cast("int | None", self._tokenizer.eos_token_id)
+
+    @property
+    def chat_template(self) -> object:
+        """That of the tokenizer."""
+        return getattr(self._tokenizer, "chat_template", None)
+
+    def expect(self, texts: Iterable[str], *, add_special_tokens: bool = True) -> None:
+        """Tokenize texts that will be asked for in one call, which a fast tokenizer shares out."""
+        keys = [*dict.fromkeys((text, add_special_tokens) for text in texts)]
+        new = [key for key in keys if key not in self._ids]
+        if new:
+            found = self._tokenizer(
+                [text for text, _ in new], add_special_tokens=add_special_tokens, verbose=False
+            )
+            self._ids.update(zip(new, map(list, found["input_ids"]), strict=True))
+
+    def ids(self, text: str, add_special_tokens: bool) -> list[int]:
+        """Return the tokens of a text, a list of its own."""
+        self.expect([text], add_special_tokens=add_special_tokens)
+        return [*self._ids[text, add_special_tokens]]
+
+    def render(self, conversation: Sequence[Message], add_generation_prompt: bool) -> str:
+        """Return a conversation as the chat template writes it."""
+        key = repr((add_generation_prompt, [dict(message) for message in conversation]))
+        if key not in self._rendered:
+            self._rendered[key] = self._render(conversation, add_generation_prompt)
+        return self._rendered[key]
+
+    def forget(self) -> None:
+        """Keep nothing of the batch."""
+        self._ids.clear()
+        self._rendered.clear()
+
+
 def encode_candidates(
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | Texts,
     prompt: str,
     *,
     candidates: Sequence[str],
@@ -111,7 +167,7 @@ def encode_candidates(
     return EncodedExample(rows=tuple(rows), candidates=tuple(encoded), label=label)
 
 
-def encode_prompt(tokenizer: Tokenizer, prompt: str, *, max_length: int) -> list[int]:
+def encode_prompt(tokenizer: Tokenizer | Texts, prompt: str, *, max_length: int) -> list[int]:
     """Encode a prompt to generate from, as ``encode_candidates`` encodes it before an answer.
 
     Args:
@@ -126,7 +182,7 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str, *, max_length: int) -> list
 
 
 def encode_messages(
-    tokenizer: Tokenizer, messages: Sequence[Message], *, max_length: int
+    tokenizer: Tokenizer | Texts, messages: Sequence[Message], *, max_length: int
 ) -> EncodedExample:
     """Encode a conversation with the tokenizer's chat template; the assistant's turns are scored.
 
@@ -167,7 +223,15 @@ def encode_messages(
     return _single(_without(tokens, num_kept, num_dropped), targets)
 
 
-def last_turn(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[RenderedPrompt, str]:
+def conversation_texts(texts: Texts, messages: Sequence[Message]) -> list[str]:
+    """Return all texts whose tokens ``encode_messages`` asks for."""
+    text, spans = _render_spans(texts, messages)
+    return [text, *(text[:end] for span in spans for end in span)]
+
+
+def last_turn(
+    tokenizer: Tokenizer | Texts, messages: Sequence[Message]
+) -> tuple[RenderedPrompt, str]:
     """Return what stands before the assistant's last turn, and its content.
 
     Args:
@@ -185,7 +249,7 @@ def last_turn(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[Render
 
 
 def encode_text(
-    tokenizer: Tokenizer, text: str, *, max_length: int, add_eos: bool = False
+    tokenizer: Tokenizer | Texts, text: str, *, max_length: int, add_eos: bool = False
 ) -> list[EncodedExample]:
     """Encode plain text, every token scored; a long text becomes several examples.
 
@@ -216,7 +280,7 @@ def _single(tokens: Sequence[int], scored: Sequence[int]) -> EncodedExample:
 
 
 def _render_spans(
-    tokenizer: Tokenizer, messages: Sequence[Message]
+    tokenizer: Tokenizer | Texts, messages: Sequence[Message]
 ) -> tuple[str, list[tuple[int, int]]]:
     from jinja2 import TemplateError
 
@@ -230,7 +294,10 @@ def _render_spans(
         ) from error
 
 
-def _renderer(tokenizer: Tokenizer) -> Render:
+def _renderer(tokenizer: Tokenizer | Texts) -> Render:
+    if isinstance(tokenizer, Texts):
+        return tokenizer.render
+
     def render(conversation: Sequence[Message], add_generation_prompt: bool) -> str:
         text = tokenizer.apply_chat_template(
             [dict(message) for message in conversation],
@@ -242,23 +309,29 @@ def _renderer(tokenizer: Tokenizer) -> Render:
     return render
 
 
-def _tokens(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool = True) -> list[int]:
-    tokens = list(
-        tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
-    )
+def _tokens(
+    tokenizer: Tokenizer | Texts, text: str, *, add_special_tokens: bool = True
+) -> list[int]:
+    tokens = _ids(tokenizer, text, add_special_tokens)
     if add_special_tokens and len(tokens) > 1 and tokens[-1] == tokenizer.eos_token_id:
-        plain = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        plain = _ids(tokenizer, text, False)
         if tokens[-1 - len(plain) : -1] == plain:  # the tokenizer's own addition, not the text's
             return tokens[:-1]
     return tokens
 
 
-def _with_eos(tokenizer: Tokenizer, tokens: list[int]) -> list[int]:
+def _ids(tokenizer: Tokenizer | Texts, text: str, add_special_tokens: bool) -> list[int]:
+    if isinstance(tokenizer, Texts):
+        return tokenizer.ids(text, add_special_tokens)
+    return list(tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
+
+
+def _with_eos(tokenizer: Tokenizer | Texts, tokens: list[int]) -> list[int]:
     eos = tokenizer.eos_token_id
     return tokens if eos is None or tokens[-1:] == [eos] else [*tokens, eos]
 
 
-def _num_bos(tokenizer: Tokenizer, tokens: Sequence[int]) -> int:
+def _num_bos(tokenizer: Tokenizer | Texts, tokens: Sequence[int]) -> int:
     return int(len(tokens) > 0 and tokens[0] == tokenizer.bos_token_id)
 
 

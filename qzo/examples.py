@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import Any, Literal
 
-from qzo.data import encode_records, hold_out, is_file, load_records
-from qzo.encoding import EncodedExample, Tokenizer, last_turn
+from qzo.data import encoded_batches, hold_out, is_file, load_records
+from qzo.encoding import EncodedExample, Texts, Tokenizer, last_turn
 from qzo.errors import DataError
 from qzo.labelled import OPEN, Labelling, found_labelling, labelled_prompts, unlabelled
 from qzo.tasks import examples_from_file, load_task
@@ -87,6 +87,7 @@ def from_records(
     max_length: int,
     labelling: Labelling = OPEN,
     numbers: Sequence[int] | None = None,
+    num_examples: int | None = None,
 ) -> ExampleSet:
     """Encode the user's own records; see ``from_encoded``.
 
@@ -96,6 +97,7 @@ def from_records(
         max_length: Tokens of a row at most.
         labelling: What is said of rows with a text and its label.
         numbers: Those of the rows in their file, for messages.
+        num_examples: Only so many, the first; rows behind them are not read.
     """
     rows, numbers = [dict(record) for record in records], numbers or range(1, len(records) + 1)
     found = found_labelling(rows, labelling) if rows else None
@@ -103,12 +105,17 @@ def from_records(
         rows = labelled_prompts(rows, found, numbers)
     elif labelling.text_column is not None:
         rows = [{"text": row.get(labelling.text_column)} for row in rows]
-    examples = encode_records(rows, tokenizer, max_length=max_length, numbers=numbers)
-    questions = _questions_of(rows, tokenizer)
-    return replace(from_encoded(examples), questions=questions, labelling=found)
+    texts, examples, questions = Texts(tokenizer), list[EncodedExample](), list[Question]()
+    for batch, encoded in encoded_batches(
+        rows, texts, max_length=max_length, numbers=numbers, num_examples=num_examples
+    ):
+        examples += encoded
+        questions += _questions_of(batch, texts)
+    made = replace(from_encoded(examples), questions=questions, labelling=found)
+    return made.first(num_examples)
 
 
-def _questions_of(records: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> list[Question]:
+def _questions_of(records: Sequence[Mapping[str, Any]], tokenizer: Texts) -> list[Question]:
     if {"prompt", "completion"} <= set(records[0]):
         return [Question(r["prompt"], (r["completion"].strip(),), dict(r)) for r in records]
     if "messages" not in records[0]:
@@ -187,9 +194,20 @@ def split_records(
     max_length: int,
     num_eval: int,
     seed: int,
+    num_train: int | None = None,
     labelling: Labelling = OPEN,
 ) -> tuple[ExampleSet, ExampleSet | None]:
-    """Read the user's records and hold some out for evaluation: at most a tenth of them."""
+    """Read the user's records and hold some out for evaluation: at most a tenth of them.
+
+    Args:
+        data: A file, a folder or a hub id.
+        tokenizer: A transformers tokenizer.
+        max_length: Tokens of a row at most.
+        num_eval: Records to hold out.
+        seed: Chooses which ones.
+        num_train: Only so many examples of the others, the first.
+        labelling: What is said of rows with a text and its label.
+    """
     records = load_records(data)
     labelling = found_labelling(records, labelling) or unlabelled(labelling)
     num_eval = min(num_eval, len(records) // 10)
@@ -197,13 +215,14 @@ def split_records(
     if num_eval > 0:
         places, held_out = hold_out(places, num_eval=num_eval, seed=seed)
 
-    def encoded(places: Sequence[int]) -> ExampleSet:
+    def encoded(places: Sequence[int], num_examples: int | None = None) -> ExampleSet:
         return from_records(
             [records[place] for place in places],
             tokenizer,
             max_length=max_length,
             labelling=labelling,
             numbers=[place + 1 for place in places],
+            num_examples=num_examples,
         )
 
-    return encoded(places), encoded(held_out) if held_out else None
+    return encoded(places, num_train), encoded(held_out) if held_out else None

@@ -229,9 +229,10 @@ def data_sets(recipe: Recipe, tokenizer: Any) -> tuple[ExampleSet, ExampleSet | 
             max_length=recipe.max_length,
             num_eval=recipe.num_eval_examples,
             seed=recipe.data_seed,
+            num_train=recipe.num_train_examples,
             labelling=recipe.labelling,
         )
-        return train_set.first(recipe.num_train_examples), eval_set
+        return train_set, eval_set
     train_set = read_set(
         task=recipe.task,
         data=recipe.data,

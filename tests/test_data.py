@@ -1,3 +1,4 @@
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,8 +8,10 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from qzo import data
+from qzo.chat import num_shared
 from qzo.data import encode_records, hold_out, load_records
 from qzo.errors import DataError
+from qzo.examples import from_records, split_records
 
 BOS, EOS = 1, 2
 
@@ -24,9 +27,11 @@ class Characters(PreTrainedTokenizerBase):
         self.chat_template = "one line per message"
 
     def __call__(
-        self, text: str, *, add_special_tokens: bool = True, verbose: bool = True
+        self, text: str | list[str], *, add_special_tokens: bool = True, verbose: bool = True
     ) -> Mapping[str, Any]:
         del verbose
+        if isinstance(text, list):
+            return {"input_ids": [[BOS] * add_special_tokens + codes(one) for one in text]}
         return {"input_ids": [BOS] * add_special_tokens + codes(text)}
 
     def apply_chat_template(  # type: ignore[override]  # the arguments that are used
@@ -349,3 +354,89 @@ def test_hold_out_leaves_something_to_train_on(num_eval: int) -> None:
     )
     with refusal(message):
         hold_out("abc", num_eval=num_eval, seed=0)
+
+
+class Counting(Characters):
+    """Counts the calls, and the conversations that it renders."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls, self.renders = 0, 0
+
+    def __call__(self, *given: Any, **named: Any) -> Mapping[str, Any]:
+        self.calls += 1
+        return super().__call__(*given, **named)
+
+    def apply_chat_template(self, *given: Any, **named: Any) -> str:
+        self.renders += 1
+        return super().apply_chat_template(*given, **named)
+
+
+@pytest.mark.parametrize("layout", ["completion", "messages", "text"])
+def test_a_batch_is_tokenized_in_one_call_and_gives_the_examples_of_its_rows(layout: str) -> None:
+    layouts: dict[str, list[dict[str, Any]]] = {
+        "completion": [{"prompt": f"p{i}", "completion": " a"} for i in range(300)],
+        "messages": [
+            {"messages": [*TALK, {"role": "user", "content": str(i)}]} for i in range(300)
+        ],
+        "text": [{"text": f"t{i}"} for i in range(300)],
+    }
+    rows = layouts[layout]
+    counting = Counting()
+
+    got = from_records(rows, counting, max_length=99)
+
+    alone = [from_records([row], Characters(), max_length=99) for row in rows]
+    assert list(got.examples) == [one.examples[0] for one in alone]
+    assert list(got.questions) == [one.questions[0] for one in alone if one.questions]
+    assert counting.calls == 2  # a batch of 256 rows, and the rest
+
+
+def test_a_conversation_is_rendered_as_few_times_as_it_takes() -> None:
+    """As it is, with another answer, and up to the answer."""
+    counting = Counting()
+
+    from_records([{"messages": TALK}], counting, max_length=99)
+
+    assert counting.renders == 3
+
+
+def test_rows_behind_the_last_example_asked_for_are_not_read(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [{"text": f"t{i}"} for i in range(600)]
+    rows[400] = {"text": None}
+    counting = Counting()
+
+    got = from_records(rows, counting, max_length=99, num_examples=5)
+
+    assert got.examples == from_records(rows[:5], Characters(), max_length=99).examples
+    assert counting.calls == 1
+    with refusal("row 401: text: expected a string, got null; put it in quotes"):
+        from_records(rows, Characters(), max_length=99)
+
+
+@pytest.mark.parametrize("num_train", [None, 7])
+def test_a_bad_row_is_called_as_in_its_file_though_rows_were_held_out(
+    tmp_path: Path, num_train: int | None
+) -> None:
+    rows: list[dict[str, Any]] = [{"prompt": f"p{i}", "completion": "a"} for i in range(60)]
+    train, _ = hold_out(range(60), num_eval=6, seed=0)
+    number = train[-1] + 1
+    assert number > len(train)
+    rows[number - 1] = {"prompt": "p", "completion": None}
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common: dict[str, Any] = {"max_length": 99, "num_eval": 6, "seed": 0, "num_train": num_train}
+
+    with refusal(f"row {number}: completion: expected a string, got null; put it in quotes"):
+        split_records(str(path), Characters(), **common)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [("", ""), ("abc", ""), ("abc", "abc"), ("abcd", "abxd"), ("xbc", "abc"), ([1, 2], [1, 3, 4])],
+)
+def test_what_two_sequences_share_at_their_start(first: Any, second: Any) -> None:
+    want = 0
+    while want < min(len(first), len(second)) and first[want] == second[want]:
+        want += 1
+    assert num_shared(first, second) == num_shared(second, first) == want
