@@ -318,6 +318,7 @@ def evaluate(
     from qzo.placement import placement
     from qzo.progress import loading_progress
     from qzo.recipe_file import read_labelling
+    from qzo.vocabulary import check_examples
 
     lower = _lower("--batch-size", batch_size, "--max-length", max_length)
     with stdout_for(as_json) as print_json, hardware_errors(f"{lower}; {_STREAM}"):
@@ -342,6 +343,7 @@ def evaluate(
             _wait_for_digests(opened)
         with loading_progress(_stderr, is_silent=as_json) as loading:
             model = load_for_inference(opened, place, shape, adapter=tuned, progress=loading)
+        check_examples(examples, model, tokenizer)
         live = quant_linears(model)[0].live
         generator = None
         if examples.is_generation:

@@ -17,7 +17,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from qzo.encoding import (
     EncodedExample,
@@ -34,6 +34,20 @@ from qzo.records import READERS, Record, read_hub, read_records
 Item = TypeVar("Item")
 _BATCH_ROWS = 256  # tokenized in one call
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+
+
+class Batch(NamedTuple):
+    """Records that were tokenized together.
+
+    Attributes:
+        records: The rows.
+        examples: One for each row; but for long texts several, and for blank ones none.
+        numbers: Row that each example is from.
+    """
+
+    records: Sequence[Record]
+    examples: list[EncodedExample]
+    numbers: list[int]
 
 
 def is_file(data: str) -> bool:
@@ -74,7 +88,7 @@ def encode_records(
 ) -> list[EncodedExample]:
     """Encode records of any layout but labelled text, in order; see ``encoded_batches``."""
     batches = encoded_batches(records, Texts(tokenizer), max_length=max_length)
-    return [example for _, examples in batches for example in examples]
+    return [example for batch in batches for example in batch.examples]
 
 
 def encoded_batches(
@@ -84,19 +98,18 @@ def encoded_batches(
     max_length: int,
     numbers: Sequence[int] | None = None,
     num_examples: int | None = None,
-) -> Iterator[tuple[Sequence[Record], list[EncodedExample]]]:
+) -> Iterator[Batch]:
     """Encode records batch by batch, each tokenized at once.
 
     Args:
         records: Rows of one layout, which the first row decides; not modified.
         texts: Tokenizes; holds what the present batch needs.
         max_length: The largest number of tokens of a row of an example.
-        numbers: Those of the rows in their file, for messages; counted from 1 unless given.
+        numbers: Those of the rows in their file; counted from 1 unless given.
         num_examples: Enough; no batch is begun behind so many.
 
     Yields:
-        The records of a batch, and an example for each of them; but for long texts several, and
-        for blank ones none.
+        Batches, in order.
 
     Raises:
         DataError: A column is missing or holds something else; the message names the row. Or
@@ -105,19 +118,20 @@ def encoded_batches(
     if not records:
         raise DataError("data: expected at least one row, got none; is this the right file?")
     encode, expect = _find_layout(records[0])
-    count = 0
+    numbers, count = numbers or range(1, len(records) + 1), 0
     for start in range(0, len(records), _BATCH_ROWS):
-        batch, examples = records[start : start + _BATCH_ROWS], list[EncodedExample]()
+        batch = Batch(records[start : start + _BATCH_ROWS], [], [])
         texts.forget()
-        expect(batch, texts)
-        for place, record in enumerate(batch, start):
+        expect(batch.records, texts)
+        for number, record in zip(numbers[start:], batch.records, strict=False):
             try:
-                examples += encode(record, texts, max_length)
+                made = encode(record, texts, max_length)
             except DataError as error:
-                row = place + 1 if numbers is None else numbers[place]
-                raise DataError(f"row {row}: {error}") from error
-        yield batch, examples
-        count += len(examples)
+                raise DataError(f"row {number}: {error}") from error
+            batch.examples.extend(made)
+            batch.numbers.extend([number] * len(made))
+        yield batch
+        count += len(batch.examples)
         if num_examples is not None and count >= num_examples:
             break
     if count == 0:

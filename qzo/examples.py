@@ -43,6 +43,7 @@ class ExampleSet:
         questions: One per example, for tasks and records but those with ``text``; of a conversation
             it is the assistant's last turn.
         labelling: How rows of text and label were read, if they are such.
+        numbers: Row of the data that each example is from; empty if not from records.
     """
 
     examples: Sequence[EncodedExample]
@@ -50,6 +51,7 @@ class ExampleSet:
     task: Task | None = None
     questions: Sequence[Question] = ()
     labelling: Labelling | None = None
+    numbers: Sequence[int] = ()
 
     @property
     def is_generation(self) -> bool:
@@ -71,7 +73,12 @@ class ExampleSet:
 
     def first(self, count: int | None) -> "ExampleSet":
         """Return the first examples, or all."""
-        return replace(self, examples=self.examples[:count], questions=self.questions[:count])
+        return replace(
+            self,
+            examples=self.examples[:count],
+            questions=self.questions[:count],
+            numbers=self.numbers[:count],
+        )
 
 
 def from_encoded(examples: Sequence[EncodedExample]) -> ExampleSet:
@@ -105,13 +112,15 @@ def from_records(
         rows = labelled_prompts(rows, found, numbers)
     elif labelling.text_column is not None:
         rows = [{"text": row.get(labelling.text_column)} for row in rows]
-    texts, examples, questions = Texts(tokenizer), list[EncodedExample](), list[Question]()
-    for batch, encoded in encoded_batches(
+    texts, questions = Texts(tokenizer), list[Question]()
+    examples, owners = list[EncodedExample](), list[int]()
+    for batch in encoded_batches(
         rows, texts, max_length=max_length, numbers=numbers, num_examples=num_examples
     ):
-        examples += encoded
-        questions += _questions_of(batch, texts)
-    made = replace(from_encoded(examples), questions=questions, labelling=found)
+        examples += batch.examples
+        owners += batch.numbers
+        questions += _questions_of(batch.records, texts)
+    made = replace(from_encoded(examples), questions=questions, labelling=found, numbers=owners)
     return made.first(num_examples)
 
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, StoppingCriteriaList, StopStringCriter
 from qzo.encoding import RenderedPrompt, encode_prompt
 from qzo.errors import ConfigError, DataError
 from qzo.linear import Live
+from qzo.vocabulary import check_tokens, num_embeddings
 
 MAX_NEW_TOKENS = 50  # MeZO, arXiv 2305.17333, appendix E.2
 AUTO_STOP = "auto"  # a line end; in a conversation the end of the turn
@@ -136,6 +137,7 @@ class Generator:
         tokens = encode_prompt(self._tokenizer, prompt, max_length=self._prompt_tokens)
         if not tokens:
             raise DataError(f"prompt: expected at least one token, got {prompt!r}")
+        check_tokens(tokens, num_embeddings(self._model), self._tokenizer, "prompt")
         return tokens
 
     def _texts(self, rows: Sequence[list[int]], stop: str | None) -> list[str]:
@@ -144,7 +146,6 @@ class Generator:
         # penalty for repetition, finds no other one.
         padded = [row[:1] * (width - len(row)) + row for row in rows]
         mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
-        tokenizer = self._tokenizer
         with torch.inference_mode():
             output = self._model.generate(  # type: ignore[operator]  # transformers: untyped
                 torch.tensor(padded, device=device),
@@ -156,7 +157,7 @@ class Generator:
                 top_k=None,
                 eos_token_id=sorted(self._ends) or None,
                 stopping_criteria=self._stopping(stop),
-                pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0,
+                pad_token_id=self._padding,
             )
         return [self._text(row, stop) for row in output[:, width:].tolist()]
 
@@ -167,6 +168,13 @@ class Generator:
         ends = {ends} if isinstance(ends, int) else set(ends or ())
         trained = self._tokenizer.eos_token_id
         return ends if trained is None else ends | {trained}
+
+    @property
+    def _padding(self) -> int:
+        """The token that follows an answer which ended before the others; the model reads it."""
+        known, tokenizer = num_embeddings(self._model), self._tokenizer
+        found = [token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token]
+        return next((token for token in found if token < known), 0)
 
     def _stopping(self, stop: str | None) -> StoppingCriteriaList:
         """Return what stops at a string.

@@ -35,6 +35,7 @@ from qzo.quantize_settings import (
 )
 from qzo.source import FloatModel, copy_side_files, open_float_model
 from qzo.tensor_files import CheckpointWriter
+from qzo.vocabulary import check_tokens
 
 Progress = Callable[[int, int, str], None]
 
@@ -217,7 +218,10 @@ def _calibration_tokens(
         )
     if isinstance(calibration, Path):
         calibration = read_calibration_texts(calibration)
-    return token_windows(calibration, source.tokenizer, num_samples=num_samples, seq_len=seq_len)
+    tokenizer = source.tokenizer
+    windows = token_windows(calibration, tokenizer, num_samples=num_samples, seq_len=seq_len)
+    check_tokens(windows.flatten().tolist(), config.vocab_size, tokenizer, "calibration")
+    return windows
 
 
 def _no_progress(_done: int, _total: int, _layer: str) -> None:

@@ -56,6 +56,7 @@ from qzo.sections import sections_of
 from qzo.snapshots import BEST_NAME, Snapshots, read_snapshot
 from qzo.training_step import Measured, TrainingSteps
 from qzo.tuned import trained_vector
+from qzo.vocabulary import check_examples
 from qzo.wrap import checkpoint_of, tokenizer_of
 
 _AT_MASTER = (Probe(seed=0, offset=0.0),)
@@ -113,6 +114,8 @@ class Trainer:
         self.eval_set = (
             None if eval_dataset is None else self._example_set(eval_dataset, "eval_dataset")
         )
+        for data in filter(None, (train_set, self.eval_set)):
+            check_examples(data, model, self.tokenizer)
         self._reward = reward
         self._generator = self._make_generator(self.eval_set)
         if self.eval_set is not None:

@@ -604,6 +604,22 @@ def test_quantize_refuses_calibration_text_without_a_tokenizer(tmp_path: Path) -
         )
 
 
+def test_quantize_refuses_calibration_text_with_a_token_that_has_no_embedding(
+    tmp_path: Path,
+) -> None:
+    source = llama(tmp_path / "float", vocab_size=5)
+
+    with pytest.raises(
+        DataError, match=rf"^calibration: token '{WORDS[7]}': expected an id below 5, .*, got 7; "
+    ):
+        quantize(
+            source,
+            tmp_path / "out",
+            QuantizeSettings("gptq", group_size=32, seq_len=16, num_samples=8),
+            calibration=[f"{WORDS[4]} {WORDS[7]} {WORDS[3]}"],
+        )
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
