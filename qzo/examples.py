@@ -83,8 +83,27 @@ class ExampleSet:
 
 def from_encoded(examples: Sequence[EncodedExample]) -> ExampleSet:
     """Take encoded examples as they are; with candidates they are classification examples."""
-    is_classification = all(len(example.candidates) > 1 for example in examples)
+    is_classification = _have_candidates([len(example.candidates) > 1 for example in examples])
     return ExampleSet(examples, "classification" if is_classification else "language_modeling")
+
+
+def _have_candidates(found: Sequence[bool]) -> bool:
+    """Return whether all have candidates to choose from.
+
+    Args:
+        found: Whether each has.
+
+    Raises:
+        DataError: Some have and some have not.
+    """
+    num_with = sum(found)
+    if 0 < num_with < len(found):
+        raise DataError(
+            f"candidates: expected them in all rows or in none, got {num_with} rows with and "
+            f"{len(found) - num_with} without; complete the rows to train a choice, or remove the "
+            "column to train on the text of the completions"
+        )
+    return all(found)
 
 
 def from_records(
@@ -218,6 +237,9 @@ def split_records(
         labelling: What is said of rows with a text and its label.
     """
     records = load_records(data)
+    if {"prompt", "completion"} <= set(records[0]):
+        complete = [record for record in records if {"prompt", "completion"} <= set(record)]
+        _have_candidates([record.get("candidates") is not None for record in complete])
     labelling = found_labelling(records, labelling) or unlabelled(labelling)
     num_eval = min(num_eval, len(records) // 10)
     places, held_out = list(range(len(records))), list[int]()

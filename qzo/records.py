@@ -1,12 +1,15 @@
 """Records: the rows of a data set, one dict of columns each, from a file or from the hub.
 
-A file is read by its suffix: ``.jsonl`` (an object per line), ``.json`` (a list of objects),
-``.csv`` and ``.tsv`` (a header line, then a row per line), ``.parquet``. Text is UTF-8.
+A file is read by its suffix: ``.jsonl`` and ``.json`` (an object per line, objects over several
+lines, a list of them, or such a list as ``data`` of one object), ``.csv`` and ``.tsv`` (a header
+line, then a row per line), ``.parquet``. Text is UTF-8, or UTF-16 with a byte order mark.
 """
 
+import codecs
 import csv
 import io
 import json
+import re
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -18,6 +21,7 @@ Record: TypeAlias = dict[str, Any]
 
 _PARQUET_BYTES_MAX = 2**30
 _BATCH_ROWS = 1024
+_SPACE = re.compile(r"[ \t\r\n]*")
 
 
 class _PlainTab(csv.excel_tab):
@@ -94,14 +98,16 @@ def _with_names(rows: Any) -> Any:
 
 
 def read_text(path: Path, *, fallback: str | None = None) -> str:
-    """Read a UTF-8 file as it is; a byte order mark is dropped, line ends are kept.
+    """Read a text file as it is; a byte order mark is dropped, line ends are kept.
+
+    It is UTF-8, or UTF-16 if it starts with that byte order mark.
 
     Args:
         path: The file.
         fallback: The encoding of a file that is not UTF-8; None makes that an error.
 
     Raises:
-        DataError: The file cannot be opened, or is not UTF-8.
+        DataError: The file cannot be opened, or has another encoding.
     """
     try:
         content = path.read_bytes()
@@ -109,8 +115,9 @@ def read_text(path: Path, *, fallback: str | None = None) -> str:
         raise DataError(
             f"{path}: expected a file that can be read, got {error.strerror!r}; check the path"
         ) from error
+    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
-        return content.decode("utf-8-sig")
+        return content.decode("utf-16" if is_utf16 else "utf-8-sig")
     except UnicodeDecodeError as error:
         if fallback is not None:
             return content.decode(fallback)
@@ -148,13 +155,11 @@ def _parse(text: str) -> Any:
     return value
 
 
-def _read_json_list(path: Path) -> list[Record]:
-    rows = read_json(path)
-    if not isinstance(rows, list):
-        raise DataError(
-            f"{path}: expected a list of objects, got {type(rows).__name__}; "
-            "a file with one object per line must be named .jsonl"
-        )
+def _read_json_rows(path: Path) -> list[Record]:
+    text = read_text(path)
+    rows = _json_values(path, text) if _is_spread(text) else _json_lines(path, text)
+    if len(rows) == 1 and isinstance(rows[0], dict) and isinstance(rows[0].get("data"), list):
+        rows = rows[0]["data"]
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
             raise DataError(
@@ -164,10 +169,46 @@ def _read_json_list(path: Path) -> list[Record]:
     return rows
 
 
-def _read_json_lines(path: Path) -> list[Record]:
+def _is_spread(text: str) -> bool:
+    """Whether the first line is not a row of its own, but the beginning of a list or object."""
+    first = text.lstrip().partition("\n")[0].rstrip()
+    return first.startswith("[") or first.endswith(("{", ","))
+
+
+def _json_values(path: Path, text: str) -> list[Any]:
+    """Return the values of a file, one behind the other, or the items of its only list.
+
+    Raises:
+        DataError: It is not JSON.
+    """
+    decoder, values = json.JSONDecoder(), list[Any]()
+    place = _next_place(text, 0)
+    try:
+        while place < len(text):
+            value, end = decoder.raw_decode(text, place)
+            values.append(value)
+            place = _next_place(text, end)
+        if "\\u" in text:
+            json.dumps(values, ensure_ascii=False).encode("utf-8")
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{path}: expected JSON, got {error.msg!r} in line {error.lineno}; correct that line"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: expected JSON, got {str(error)!r}; correct the file") from error
+    return values[0] if len(values) == 1 and isinstance(values[0], list) else values
+
+
+def _next_place(text: str, place: int) -> int:
+    """Return where the next value begins: behind the white space of JSON."""
+    found = _SPACE.match(text, place)
+    return place if found is None else found.end()
+
+
+def _json_lines(path: Path, text: str) -> list[Record]:
     records = []
     # not splitlines(): JSON strings may hold U+2028 and other line ends that are no line ends here
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -292,8 +333,8 @@ def _decoded_bytes(array: Any) -> int:
 
 
 READERS: dict[str, Callable[[Path], list[Record]]] = {
-    ".jsonl": _read_json_lines,
-    ".json": _read_json_list,
+    ".jsonl": _read_json_rows,
+    ".json": _read_json_rows,
     ".csv": _read_csv,
     ".tsv": _read_tsv,
     ".parquet": _read_parquet,

@@ -1,17 +1,17 @@
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.runs import write_lines
 from transformers import PreTrainedTokenizerBase
 
 from qzo import data
 from qzo.chat import num_shared
 from qzo.data import encode_records, hold_out, load_records
 from qzo.errors import DataError
-from qzo.examples import from_records, split_records
+from qzo.examples import from_encoded, from_records, split_records
 
 BOS, EOS = 1, 2
 
@@ -356,6 +356,31 @@ def test_hold_out_leaves_something_to_train_on(num_eval: int) -> None:
         hold_out("abc", num_eval=num_eval, seed=0)
 
 
+@pytest.mark.parametrize("entry", [{}, {"candidates": None}])
+def test_rows_with_and_without_candidates_are_counted_and_refused(
+    tmp_path: Path, entry: dict[str, Any]
+) -> None:
+    """All rows of a file, though some are held out or left out."""
+    rows: list[dict[str, Any]] = [
+        {"prompt": f"p{i}", "completion": "a", "candidates": ["a", "b"]} for i in range(60)
+    ]
+    for place in range(0, 60, 5):
+        rows[place] = {"prompt": f"p{place}", "completion": "a", **entry}
+    path = write_lines(tmp_path / "rows.jsonl", rows)
+    message = (
+        "candidates: expected them in all rows or in none, got 48 rows with and 12 without; "
+        "complete the rows to train a choice, or remove the column to train on the text of the "
+        "completions"
+    )
+
+    with refusal(message):
+        split_records(str(path), Characters(), max_length=99, num_eval=6, seed=0, num_train=1)
+    with refusal(message):
+        from_records(rows, Characters(), max_length=99)
+    with refusal(message):
+        from_encoded(encode_records(rows, Characters(), max_length=99))
+
+
 class Counting(Characters):
     """Counts the calls, and the conversations that it renders."""
 
@@ -423,8 +448,7 @@ def test_a_bad_row_is_called_as_in_its_file_though_rows_were_held_out(
     number = train[-1] + 1
     assert number > len(train)
     rows[number - 1] = {"prompt": "p", "completion": None}
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = write_lines(tmp_path / "rows.jsonl", rows)
     common: dict[str, Any] = {"max_length": 99, "num_eval": 6, "seed": 0, "num_train": num_train}
 
     with refusal(f"row {number}: completion: expected a string, got null; put it in quotes"):

@@ -1,3 +1,4 @@
+import json
 import multiprocessing
 import re
 from collections.abc import Callable
@@ -174,21 +175,64 @@ def test_read_records_names_the_line_that_is_no_object(tmp_path: Path) -> None:
         read_records(path)
 
 
-def test_read_records_explains_json_lines_under_the_wrong_name(tmp_path: Path) -> None:
-    path = write(tmp_path / "data.json", '{"text": "a"}\n{"text": "b"}\n')
-    message = (
-        f"{path}: expected JSON, got 'Extra data' in line 2; "
-        "a file with one object per line must be named .jsonl"
-    )
-    with refusal(message):
+INDENTED = json.dumps(ROWS, indent=2)
+LINES = "\n".join(json.dumps(row) for row in ROWS)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        json.dumps(ROWS),
+        INDENTED,
+        INDENTED.replace("\n", "\r\n"),
+        LINES,
+        "\n".join(json.dumps(row, indent=2) for row in ROWS),
+        "\n\n".join(json.dumps(row, indent=2) for row in ROWS) + "\n\n",
+        "\n".join(json.dumps(row).replace(", ", ",\n ") for row in ROWS),
+        json.dumps({"version": "1", "data": ROWS}),
+        json.dumps({"version": "1", "data": ROWS}, indent=1),
+    ],
+)
+def test_read_records_reads_what_json_is_written_as(
+    content: str, suffix: str, tmp_path: Path
+) -> None:
+    assert read_records(write(tmp_path / f"data{suffix}", content)) == ROWS
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be"])
+@pytest.mark.parametrize(
+    ("suffix", "content"), [(".jsonl", LINES), (".json", INDENTED), (".csv", CSV)]
+)
+def test_read_records_reads_utf16_with_its_mark(
+    suffix: str, content: str, encoding: str, tmp_path: Path
+) -> None:
+    mark = "\ufeff" if encoding == "utf-16-be" else ""  # utf-16 writes it itself
+    path = tmp_path / f"data{suffix}"
+    path.write_bytes((mark + content).encode(encoding))
+
+    assert read_records(path) == ROWS
+
+
+def test_a_row_with_a_list_of_messages_alone_in_its_file_is_a_row(tmp_path: Path) -> None:
+    row = {"messages": [{"role": "user", "content": "a"}]}
+
+    assert read_records(write(tmp_path / "data.jsonl", json.dumps(row))) == [row]
+
+
+def test_read_records_names_the_line_of_bad_json_over_several_lines(tmp_path: Path) -> None:
+    path = write(tmp_path / "data.jsonl", '[\n{"text": "a"},\n{"text" "b"}\n]')
+    with refusal(
+        f"{path}: expected JSON, got \"Expecting ':' delimiter\" in line 3; correct that line"
+    ):
         read_records(path)
 
 
-def test_read_records_refuses_json_that_is_no_list(tmp_path: Path) -> None:
-    path = write(tmp_path / "data.json", '{"text": "a"}')
+def test_read_records_refuses_json_that_is_no_row(tmp_path: Path) -> None:
+    path = write(tmp_path / "data.json", '"text"')
     message = (
-        f"{path}: expected a list of objects, got dict; "
-        "a file with one object per line must be named .jsonl"
+        f"{path}: expected one JSON object per line, got str in line 1; "
+        "write each row as {column: value}"
     )
     with refusal(message):
         read_records(path)
