@@ -3,7 +3,8 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from threading import Event
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from support.late_streams import LateStreams
 from support.models import tiny_model
 from torch import Tensor, nn
 
+from qzo import device_copies
 from qzo.checkpoint import open_checkpoint
 from qzo.device_copies import CudaStreams, DeviceCopies, Streams
 from qzo.linear import QuantLinear
@@ -68,6 +70,41 @@ def test_a_unit_is_computed_from_its_own_codes_on_a_gpu(tmp_path: Path, slow: Sl
 
     assert len(got) == 2 * NUM_BLOCKS * 7
     assert [torch.equal(a.cpu(), b) for a, b in zip(got, want, strict=True)] == [True] * len(got)
+
+
+def test_a_copy_waits_for_the_one_before_though_a_pass_ended_early(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After an error nobody enters the unit that is still being copied into the slot."""
+    write_gptq(tmp_path, tiny_model(num_layers=NUM_BLOCKS))
+    model = load_checkpoint(open_checkpoint(tmp_path))
+    blocks = decoder_blocks(model)
+    want = [codes.clone() for codes in codes_of(blocks[2])]
+    copies = DeviceCopies(blocks, model, torch.device("cpu"))
+    copies.keep(0)
+    gate, is_second, stage = Event(), Event(), device_copies._stage
+    calls: list[None] = []
+
+    def late(*given: Any) -> int:
+        calls.append(None)
+        if len(calls) > 1:
+            is_second.set()
+        else:
+            gate.wait(10)
+        return stage(*given)
+
+    monkeypatch.setattr(device_copies, "_stage", late)
+    copies.fetch(0)  # what the error left behind
+    first = copies._coming[0][1]
+    copies.fetch(2)  # the same slot
+
+    overtook = is_second.wait(0.2)
+    gate.set()
+    first.result()
+    copies.enter(2)
+
+    assert not overtook
+    assert [torch.equal(a, b) for a, b in zip(codes_of(blocks[2]), want, strict=True)] == [True] * 7
 
 
 def codes_of_two_passes(
