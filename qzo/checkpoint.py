@@ -1,5 +1,6 @@
 """A 4-bit checkpoint on disk: its config, its format, its quantized layers."""
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from quantizers.formats import detect
 from qzo.background import in_background
+from qzo.cache import remembered_digests
 from qzo.errors import CheckpointError
 from qzo.files import read_json
 from qzo.hub import SIDE_FILES, Origin, checked_folder, fetch, is_hub_id, origin_of
@@ -90,17 +92,29 @@ class Checkpoint:
 
     @cached_property
     def digests(self) -> "Future[tuple[str, str]]":
-        """Both digests, computed once, in the background from the first look on."""
-        return in_background(self._digests)
+        """Both digests, computed once, in the background from the first look on.
+
+        They are remembered in the user's cache for as long as no file changes.
+        """
+        files = [self.folder / name for name in dict.fromkeys(self.tensors.files.values())]
+        of = json.dumps(self._digested_keys())
+        return in_background(lambda: remembered_digests(files, of, self._digests))
+
+    def _digested_keys(self) -> list[tuple[str, bool]]:
+        """Return the key of each tensor of a quantized layer, and whether it holds scales."""
+        return [
+            (key, role in self.format.SCALE_ROLES)
+            for layer in self.layers
+            for role, key in self.layer_keys(layer).items()
+        ]
 
     def _digests(self) -> tuple[str, str]:
         codes, scales = sha256(), sha256()
-        for layer in self.layers:
-            for role, key in self.layer_keys(layer).items():
-                digest = scales if role in self.format.SCALE_ROLES else codes
-                digest.update(key.encode("utf-8"))
-                for part in self.tensors.read(key):
-                    digest.update(part)
+        for key, is_scale in self._digested_keys():
+            digest = scales if is_scale else codes
+            digest.update(key.encode("utf-8"))
+            for part in self.tensors.read(key):
+                digest.update(part)
         return codes.hexdigest(), scales.hexdigest()
 
 

@@ -7,7 +7,6 @@ nothing. There is no tokenizer.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -22,6 +21,7 @@ from transformers import PreTrainedModel
 
 from quantizers import gptq, nf4
 from quantizers.weight import QuantizedWeight
+from qzo.cache import cache_folder
 from qzo.errors import CheckpointError, ConfigError
 from qzo.files import new_folder, read_json, write_json
 from qzo.published import SHAPES
@@ -110,8 +110,7 @@ class Synthetic:
 
 def default_folder() -> Path:
     """Return where synthetic checkpoints are kept between runs: in the user's cache."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "qzo" / "synthetic"
+    return cache_folder() / "synthetic"
 
 
 def synthetic_checkpoint(

@@ -1,6 +1,7 @@
 """Shape checks for every test, and the fixtures that several files share."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,14 @@ if not torch.cuda.is_available():
 torch.set_num_threads(1)  # sums in the same order on every machine
 
 _ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep the cache of the user out of the tests, and the tests out of it."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("QZO_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture

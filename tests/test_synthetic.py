@@ -211,6 +211,7 @@ def test_a_full_disk_is_refused_before_anything_is_written(
 def test_the_default_folder_is_in_the_cache_of_the_user(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("QZO_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
     assert default_folder() == tmp_path / "qzo" / "synthetic"
