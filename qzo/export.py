@@ -25,12 +25,13 @@ from qzo.adapter import (
 from qzo.base import open_base
 from qzo.card import model_card
 from qzo.checkpoint import Checkpoint
+from qzo.compact_journal import open_record
 from qzo.errors import CheckpointError, ConfigError, QZOError
 from qzo.export_check import Losses, OtherLossError, check_export
 from qzo.files import new_folder, put_in_place, read_json, remove, write_json
 from qzo.hub import Origin, copy_side_files
 from qzo.placement import Placement, placement
-from qzo.replay import replay
+from qzo.replay import base_of, write_adapter
 from qzo.run_folder import Reference, read_reference
 from qzo.tensor_files import TensorFiles, index_of, write_safetensors
 
@@ -88,22 +89,39 @@ def export(
     name = None if dtype is None else str(dtype).removeprefix("torch.")
     place = placement(device, name, memory_limit)
     with TemporaryDirectory() as temporary, new_folder(target) as partial:
-        if not (folder / CONFIG_NAME).is_file():  # a bare journal is an adapter too
-            adapted = Path(temporary) / "adapter"
-            replay(folder, out=adapted, base=base, revision=revision)
-            folder = adapted
-        adapter = open_adapter(folder)
-        _check_folds(adapter, str(run))
-        recorded = Origin(adapter.config["base_model_name_or_path"], adapter.config.get("revision"))
-        checkpoint = open_base(recorded, Path(run), base=base, revision=revision)
-        check_base(checkpoint, adapter.config)
-        reference = read_reference(folder) if verify else None
+        if (folder / CONFIG_NAME).is_file():
+            adapter, checkpoint = _opened(run, base, revision)
+        else:  # a bare journal is an adapter too
+            adapter, checkpoint = _rebuilt(run, Path(temporary), base, revision)
+        reference = read_reference(adapter.folder) if verify else None
         _write_files(checkpoint, adapter, partial, progress)
         losses = _verified(partial, target, reference, place, progress) if verify else None
     unquantized = tuple(unquantized_tensors(adapter))
     num_scales = len(adapter.tensors.files) - len(unquantized)
     trained, exported = (losses.trained, losses.exported) if losses else (None, None)
     return Exported(target, num_scales, trained, exported, unquantized)
+
+
+def _opened(run: str | Path, base: str | None, revision: str | None) -> tuple[Adapter, Checkpoint]:
+    """Return the adapter of a run folder, and its base."""
+    adapter = open_adapter(Path(run))
+    _check_folds(adapter, str(run))
+    recorded = Origin(adapter.config["base_model_name_or_path"], adapter.config.get("revision"))
+    checkpoint = open_base(recorded, Path(run), base=base, revision=revision)
+    check_base(checkpoint, adapter.config)
+    return adapter, checkpoint
+
+
+def _rebuilt(
+    run: str | Path, temporary: Path, base: str | None, revision: str | None
+) -> tuple[Adapter, Checkpoint]:
+    """Return what a journal says, written into a temporary folder, and its base."""
+    journal = open_record(Path(run))
+    checkpoint = base_of(journal, base, revision)
+    write_adapter(journal, checkpoint, temporary)
+    adapter = open_adapter(temporary)
+    _check_folds(adapter, str(run))
+    return adapter, checkpoint
 
 
 def _verified(

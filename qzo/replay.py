@@ -103,16 +103,7 @@ def _replay(
     has_adapter = (folder / CONFIG_NAME).is_file() and out is None
     if to_step is None and has_adapter:
         to_step = int(open_adapter(folder).config["step"])
-    scales = Scales.of_checkpoint(
-        checkpoint,
-        journal.header["layers"],
-        coordinates=journal.header["coordinates"],
-        direction=journal.header["direction"],
-        direction_settings=direction_settings_of(journal.header),
-        sections=sections_of(journal.header),
-    )
-    optimizer = optimizer_of(journal.header)
-    steps, checked = apply_journal(journal, scales, optimizer, to_step=to_step)
+    scales, steps, checked = _rebuilt(journal, checkpoint, to_step)
     tensors = adapter_tensors(checkpoint, scales)
     if has_adapter:
         _compare(open_adapter(folder), tensors, steps)
@@ -124,6 +115,35 @@ def _replay(
         with new_folder(out) as partial:
             save_adapter(partial, tensors, config)
     return Replayed(steps, checked, scales.fingerprint(), "written")
+
+
+def write_adapter(journal: Record, checkpoint: Checkpoint, folder: Path) -> None:
+    """Write the adapter of a whole journal into a folder.
+
+    Args:
+        journal: In either form.
+        checkpoint: Its base, as ``base_of`` opens it.
+        folder: An existing one.
+    """
+    scales, steps, _ = _rebuilt(journal, checkpoint, None)
+    config = adapter_config(journal, checkpoint, steps)
+    save_adapter(folder, adapter_tensors(checkpoint, scales), config)
+
+
+def _rebuilt(
+    journal: Record, checkpoint: Checkpoint, to_step: int | None
+) -> tuple[Scales, int, int]:
+    """Return the scales after a step, how many there were, and how many fingerprints agreed."""
+    scales = Scales.of_checkpoint(
+        checkpoint,
+        journal.header["layers"],
+        coordinates=journal.header["coordinates"],
+        direction=journal.header["direction"],
+        direction_settings=direction_settings_of(journal.header),
+        sections=sections_of(journal.header),
+    )
+    optimizer = optimizer_of(journal.header)
+    return scales, *apply_journal(journal, scales, optimizer, to_step=to_step)
 
 
 def _compare(adapter: Adapter, tensors: Mapping[str, Tensor], steps: int) -> None:

@@ -1,7 +1,8 @@
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -28,6 +29,7 @@ from qzo.inspect_checkpoint import inspect
 from qzo.journal import Journal
 from qzo.model import quant_linears
 from qzo.probes import Probe
+from qzo.tensor_files import TensorFiles
 from qzo.trainer import Trainer
 
 SINGLE = "model.safetensors"
@@ -394,6 +396,26 @@ def refusal(run: Run) -> str:
         qzo.export(run.folder, run.out)
     assert names_of(run.out.parent) == before
     return str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["run", "journal"])
+def test_an_export_reads_the_codes_once_for_their_digest(
+    runs: Callable[[str], Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setenv("QZO_CACHE", str(tmp_path / "cache"))
+    run, reads = runs("gptq-v1"), Counter[str]()
+    journal = Path(shutil.copy(run.folder / "journal.jsonl", tmp_path))
+    read = TensorFiles.read
+
+    def noted(tensors: TensorFiles, key: str) -> Iterator[memoryview]:
+        reads[key] += 1
+        return read(tensors, key)
+
+    monkeypatch.setattr(TensorFiles, "read", noted)
+    given = {"run": run.folder, "journal": journal}[kind]
+    qzo.export(given, tmp_path / "out", base=str(run.base), verify=False)
+    assert sum("qweight" in key for key in reads) == len(open_checkpoint(run.base).layers)
+    assert set(reads.values()) == {1}
 
 
 @pytest.mark.parametrize("role", ["qweight", "qzeros", "g_idx"])
