@@ -104,8 +104,9 @@ def _in_place_with_its_old_mtime(path: Path) -> None:
 
 def _by_another_file(path: Path) -> None:
     copy = path.with_name("copy")
-    shutil.copy2(path, copy)  # with its times
+    shutil.copy(path, copy)
     overwrite(copy)
+    shutil.copystat(path, copy)  # its times
     copy.replace(path)
 
 
