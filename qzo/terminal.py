@@ -90,8 +90,17 @@ def show_training(config: "Recipe", result: "Result") -> None:
         out.print(f"warning: {warning}", soft_wrap=True)
     following = f"export {folder} --out NEW_FOLDER"
     if not is_scales:  # LoRA and prefixes do not fold into codes
-        following = f"eval {config.model} --adapter {folder}"
+        following = f"{_evaluation_of(config)} --adapter {folder}"
     out.print(f"next: qzo {following}", soft_wrap=True)
+
+
+def _evaluation_of(config: "Recipe") -> str:
+    """Return the command that evaluates the base of a run."""
+    from qzo.base import BASE_NAME
+
+    if config.quantize is not None:
+        return f"eval {config.output_dir}/{BASE_NAME}"
+    return f"eval {config.model}" + (f" --revision {config.revision}" if config.revision else "")
 
 
 def show_plan(plan: "Plan", memory: str | None) -> None:

@@ -454,6 +454,18 @@ def test_quantize_writes_a_checkpoint(qzo: Run, tmp_path: Path, options: tuple[s
     assert qzo("inspect", tmp_path / "out", "--json").value["num_layers"] == 7
 
 
+def test_the_next_command_names_the_base_that_was_quantized_for_the_run(
+    qzo: Run, place: Place, tmp_path: Path
+) -> None:
+    model: Any = tiny_model(intermediate=128)
+    model.save_pretrained(tmp_path / "float")
+    write_tokenizer(tmp_path / "float")
+    run, keys = tmp_path / "run", {"quantize": "nf4", "zo": {"tuned": "lora"}, "max_steps": 1}
+    recipe = write_recipe(tmp_path / "r.yaml", tmp_path / "float", place.data, run, **keys)
+    last = qzo("train", recipe).out.splitlines()[-1]
+    assert last == f"next: qzo eval {run}/base --adapter {run}"
+
+
 def test_train_quantizes_a_float_model_once_and_takes_no_other_base(
     qzo: Run, place: Place, tmp_path: Path
 ) -> None:

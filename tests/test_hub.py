@@ -107,6 +107,14 @@ def test_a_folder_has_no_revision(qzo: Run, hub: Hub) -> None:
     )
 
 
+def test_the_next_command_of_a_lora_run_names_the_revision(
+    qzo: Run, run: Path, tmp_path: Path
+) -> None:
+    ran = qzo("train", run.parent / "r.yaml", f"output_dir={tmp_path}/lora", "zo={tuned: lora}")
+    want = f"next: qzo eval {NAME} --revision {BRANCH} --adapter {tmp_path}/lora"
+    assert ran.out.splitlines()[-1] == want
+
+
 def test_a_run_names_its_base_by_id_and_commit(run: Path) -> None:
     header = json_lines(run / "journal.jsonl")[0]
     adapter = json.loads((run / "adapter_config.json").read_text())
