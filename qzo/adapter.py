@@ -112,13 +112,11 @@ def scale_tensors(checkpoint: Checkpoint, scales: Scales) -> dict[str, Tensor]:
 def adapter_tensors(checkpoint: Checkpoint, scales: Scales) -> dict[str, Tensor]:
     """Return everything that was trained by key, as an adapter stores it."""
     result = scale_tensors(checkpoint, scales)
+    result |= scales.unquantized(lambda section: _stored(checkpoint, section))
     for number, section in enumerate(scales.sections):
-        values = scales.tuned_section(number).cpu()
-        if section.kind in UNQUANTIZED:
-            result[section.name] = section.tuned(_stored(checkpoint, section), values)
-        else:
+        if section.kind not in UNQUANTIZED:
             key = section.name if section.kind.startswith("prefix") else file_key(section)
-            result[key] = values.clone()
+            result[key] = scales.tuned_section(number).cpu().clone()
     return result
 
 

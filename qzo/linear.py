@@ -21,7 +21,6 @@ from qzo.by_probe import RowFactors, multiplied, multiply
 from qzo.current_device import on_device
 from qzo.errors import CheckpointError
 from qzo.exact import ScaledProduct, frozen_product, is_differentiated
-from qzo.sections import Section
 from qzo.stored_layer import StoredLayer
 
 TILE_ELEMENTS = 4 * 2**20  # of the dense matrix that exist at one time
@@ -70,16 +69,16 @@ class Master(Protocol):
     """What is trained at the moment, as it stands between two steps; see ``scales.Scales``."""
 
     @property
-    def sections(self) -> Sequence[Section]:
-        """What is trained besides scales."""
+    def instead_of_scales(self) -> str:
+        """What is trained instead of the scales, in words; empty if they are."""
         ...
 
     def tuned(self, layer: int) -> Float[Tensor, "out groups"]:
         """Return the effective scales of one layer."""
         ...
 
-    def tuned_section(self, number: int) -> Float[Tensor, "..."]:
-        """Return the values of one section."""
+    def unquantized(self, stored: Callable[[Any], Tensor]) -> dict[str, Tensor]:
+        """Return the unquantized tensors that are trained, by key, as files would hold them."""
         ...
 
 

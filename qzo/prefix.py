@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
@@ -24,6 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from qzo.attention import attending, can_pack, with_prefix
 from qzo.errors import CheckpointError, ConfigError
 from qzo.linear import Live
+from qzo.prefixes import prefixes_of
 from qzo.probes import start_seed
 from qzo.sections import Section
 
@@ -107,32 +108,6 @@ def _at_base(live: Live) -> Iterator[None]:
         yield
     finally:
         live.effective = None
-
-
-def prefixes_of(live: Live, module: nn.Module) -> list[Float[Tensor, "probes heads n _"]] | None:
-    """Return the keys and values that an attention layer sees at the moment, or None."""
-    if live.effective is None:
-        fixed = live.fixed_prefixes.get(module)
-        return None if fixed is None else [tensor[None] for tensor in fixed]
-    number = live.trained_prefixes.get(module)
-    if number is None or live.sections is None:
-        return None
-    return [live.sections(number), live.sections(number + 1)]
-
-
-def prefixes_of_texts(
-    live: Live, module: nn.Module, first_tokens: Int[Tensor, " texts"]
-) -> list[Float[Tensor, "texts heads n _"]] | None:
-    """Return the keys and values in front of packed texts, given the place of each first token."""
-    prefixes = prefixes_of(live, module)
-    if prefixes is None:
-        return None
-    if len(prefixes[0]) == 1:
-        return [state.expand(len(first_tokens), -1, -1, -1) for state in prefixes]
-    assert live.bounds is not None
-    ends = torch.tensor(live.bounds[1:], device=first_tokens.device)
-    probe = torch.bucketize(first_tokens.contiguous(), ends, right=True)
-    return [state[probe] for state in prefixes]
 
 
 def seeing_prefixes(

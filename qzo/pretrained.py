@@ -19,7 +19,6 @@ from qzo.errors import CheckpointError, ConfigError
 from qzo.files import read_json, write_json
 from qzo.linear import Live, QuantLinear
 from qzo.mapped import MappedEmbedding, MappedLinear
-from qzo.sections import UNQUANTIZED
 
 if TYPE_CHECKING:
     _Base = PreTrainedModel
@@ -238,13 +237,7 @@ def _trained_tensors(model: PreTrainedModel) -> Mapping[str, Tensor]:
     if live.master is None:
         return live.replaced
     checkpoint: Checkpoint = model.qzo_checkpoint  # type: ignore[assignment]  # a trainer set it
-    return {
-        section.name: section.tuned(
-            checkpoint.tensors[section.name], live.master.tuned_section(number).cpu()
-        )
-        for number, section in enumerate(live.master.sections)
-        if section.kind in UNQUANTIZED
-    }
+    return live.master.unquantized(lambda section: checkpoint.tensors[section.name])
 
 
 def _live(model: nn.Module) -> Live:
@@ -291,9 +284,7 @@ def _check_folds(live: Live) -> None:
     Raises:
         ConfigError: The model has LoRA factors or a prefix.
     """
-    kinds = {section.kind for section in live.master.sections} if live.master else set()
-    trained = {"lora_A": "LoRA factors", "prefix_key": "a prefix"}
-    what = next((trained[kind] for kind in kinds & trained.keys()), live.unfoldable)
+    what = (live.master and live.master.instead_of_scales) or live.unfoldable
     if what:
         raise ConfigError(
             f"save_pretrained cannot be combined with {what}: a 4-bit checkpoint has no place for "

@@ -9,7 +9,7 @@ away: the master is never perturbed, so nothing has to be restored.
 Behind the values of the layers lie the sections of what else is trained (``sections``).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
 from itertools import accumulate, pairwise
@@ -27,7 +27,7 @@ from qzo.errors import CheckpointError, ConfigError
 from qzo.laws import Law, Part
 from qzo.linear import EffectiveScales, Live, QuantLinear
 from qzo.probes import Probe
-from qzo.sections import Section
+from qzo.sections import UNQUANTIZED, Kind, Section
 from qzo.shaped_directions import ShapedDirections
 from qzo.sums import norm
 from qzo.tensor_files import tensor_bytes
@@ -250,6 +250,25 @@ class Scales:
         """Return the values of one section at the master."""
         start, stop = self._bounds[len(self.names) + number :][:2]
         return self.values[start:stop].view(self.sections[number].shape)
+
+    def unquantized(self, stored: Callable[[Section], Tensor]) -> dict[str, Tensor]:
+        """Return the unquantized tensors that are trained, by key, as files would hold them.
+
+        Args:
+            stored: Gives the tensor of the base that a section changes.
+        """
+        return {
+            section.name: section.tuned(stored(section), self.tuned_section(number).cpu())
+            for number, section in enumerate(self.sections)
+            if section.kind in UNQUANTIZED
+        }
+
+    @property
+    def instead_of_scales(self) -> str:
+        """What is trained instead of the scales, in words; empty if they are."""
+        kinds = {section.kind for section in self.sections}
+        trained: dict[Kind, str] = {"lora_A": "LoRA factors", "prefix_key": "a prefix"}
+        return next((words for kind, words in trained.items() if kind in kinds), "")
 
     def chunks(self) -> Iterator[tuple[int, int]]:
         """Yield the bounds of consecutive parts of the vector."""

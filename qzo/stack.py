@@ -26,7 +26,7 @@ from qzo.attention import PackedRows, pack_rows, packed_attention
 from qzo.encoding import EncodedExample
 from qzo.linear import Live
 from qzo.precision import sums_in_fp32
-from qzo.prefix import prefixes_of_texts
+from qzo.prefixes import prefixes_of_texts
 
 Text = Sequence[int]  # token ids
 
