@@ -69,7 +69,7 @@ GPTQ_TESTS := beartype==0.23.1 jaxtyping==0.3.11 pydantic==2.14.3 pytest==9.2.0 
 	safetensors==0.8.0
 
 test-gptqmodel: $(GPTQ_VENV)/.ready
-	$(GPTQ_BIN)/python -m pytest -n 0 -m gptqmodel tests/test_gptqmodel.py
+	$(GPTQ_BIN)/python -m pytest -n 0 -m gptqmodel tests/formats/test_gptqmodel.py
 
 $(GPTQ_VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(GPTQ_VENV)

@@ -11,22 +11,22 @@ from typing import TYPE_CHECKING, Any
 from qzo.version import __version__
 
 if TYPE_CHECKING:
-    from qzo.export import export
-    from qzo.model import load
-    from qzo.recipe_file import recipe
-    from qzo.replay import replay
-    from qzo.trainer import Trainer
-    from qzo.wrap import wrap
+    from qzo.model.load import load
+    from qzo.model.wrap import wrap
+    from qzo.run.output.export import export
+    from qzo.run.output.replay import replay
+    from qzo.run.recipe.read import recipe
+    from qzo.run.trainer import Trainer
 
 __all__ = ["Trainer", "__version__", "export", "load", "recipe", "replay", "wrap"]
 
 _MODULES = {
-    "Trainer": "qzo.trainer",
-    "export": "qzo.export",
-    "load": "qzo.model",
-    "recipe": "qzo.recipe_file",
-    "replay": "qzo.replay",
-    "wrap": "qzo.wrap",
+    "Trainer": "qzo.run.trainer",
+    "export": "qzo.run.output.export",
+    "load": "qzo.model.load",
+    "recipe": "qzo.run.recipe.read",
+    "replay": "qzo.run.output.replay",
+    "wrap": "qzo.model.wrap",
 }
 
 

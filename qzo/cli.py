@@ -12,9 +12,7 @@ from rich.table import Table
 
 from quantizers.errors import FormatError
 from qzo.bench.commands import app as bench
-from qzo.errors import ConfigError, QZOError
-from qzo.hardware_errors import hardware_errors
-from qzo.terminal import (
+from qzo.console.terminal import (
     AsJSON,
     Device,
     Dtype,
@@ -27,9 +25,11 @@ from qzo.terminal import (
     stderr_console,
     stdout_for,
 )
+from qzo.errors import ConfigError, QZOError
+from qzo.run.hardware_errors import hardware_errors
 
 if TYPE_CHECKING:
-    from qzo.checkpoint import Checkpoint
+    from qzo.checkpoint.checkpoint import Checkpoint
 
 app = typer.Typer(
     name="qzo",
@@ -112,9 +112,9 @@ def quantize(
     as_json: AsJSON = False,
 ) -> None:
     """Write a standard 4-bit checkpoint of a float model."""
-    from qzo.placement import device_of
-    from qzo.quantize import quantize as run
-    from qzo.quantize_settings import QuantizeSettings
+    from qzo.model.placement import device_of
+    from qzo.quantize.quantize import quantize as run
+    from qzo.quantize.settings import QuantizeSettings
 
     settings = QuantizeSettings(
         format=format,
@@ -144,7 +144,7 @@ def inspect(
     as_json: AsJSON = False,
 ) -> None:
     """Show format, bits, groups and sizes of a checkpoint; refuse what cannot be read."""
-    from qzo.inspect_checkpoint import inspect as run
+    from qzo.checkpoint.inspect import inspect as run
 
     with stdout_for(as_json) as print_json:
         show(asdict(run(checkpoint, revision)), as_json, print_json)
@@ -195,10 +195,10 @@ def plan(
     as_json: AsJSON = False,
 ) -> None:
     """Tell what a training step needs, part by part; needs no weights and no device."""
-    from qzo.checkpoint import config_path
-    from qzo.footprint import assumed_quantization
-    from qzo.memory import parse_memory
-    from qzo.planner import plan as run
+    from qzo.checkpoint.checkpoint import config_path
+    from qzo.model.memory import parse_memory
+    from qzo.plan.planner import plan as run
+    from qzo.plan.sizes import assumed_quantization
 
     chosen = (format or "gptq", bits, group_size)
     is_assumed = format is not None or bits is not None or group_size is not None
@@ -229,7 +229,7 @@ def plan(
 @app.command()
 def doctor(as_json: AsJSON = False) -> None:
     """Check versions, devices, kernels and known traps of the installed packages."""
-    from qzo.doctor import doctor as run
+    from qzo.console.doctor import doctor as run
 
     with stdout_for(as_json) as print_json:
         report = run()
@@ -253,11 +253,11 @@ def train(
     as_json: AsJSON = False,
 ) -> None:
     """Train the scales of a checkpoint into output_dir."""
-    from qzo.recipe_file import read_recipe
+    from qzo.run.recipe.read import read_recipe
 
     config = read_recipe(recipe, overrides or [])
-    from qzo.progress import ProgressCallback, loading_progress
-    from qzo.run import train as run
+    from qzo.console.progress import ProgressCallback, loading_progress
+    from qzo.run.launch import train as run
 
     with stdout_for(as_json) as print_json:
         is_first = os.environ.get("RANK", "0") == "0"
@@ -306,19 +306,19 @@ def evaluate(
         **{"template": template, "label_words": label_words},
     }
     _check_evaluated(task, data, prompt, keys)
-    from qzo.adapter import open_adapter
-    from qzo.answer_memory import tokens_at_once
-    from qzo.batch_shape import evaluation_shape
-    from qzo.checkpoint import open_checkpoint
-    from qzo.evaluate import evaluate as run
-    from qzo.examples import read_set
-    from qzo.generation import MAX_NEW_TOKENS, Generator
-    from qzo.inference import load_for_inference
-    from qzo.model import load_tokenizer, quant_linears
-    from qzo.placement import placement
-    from qzo.progress import loading_progress
-    from qzo.recipe_file import read_labelling
-    from qzo.vocabulary import check_examples
+    from qzo.checkpoint.checkpoint import open_checkpoint
+    from qzo.console.progress import loading_progress
+    from qzo.data.examples import read_set
+    from qzo.data.vocabulary import check_examples
+    from qzo.model.generate import MAX_NEW_TOKENS, Generator
+    from qzo.model.load import load_tokenizer, quant_linears
+    from qzo.model.placement import placement
+    from qzo.objective.evaluate import evaluate as run
+    from qzo.plan.answer_memory import tokens_at_once
+    from qzo.plan.batch_shape import evaluation_shape
+    from qzo.run.inference import load_for_inference
+    from qzo.run.output.adapter import open_adapter
+    from qzo.run.recipe.read import read_labelling
 
     lower = _lower("--batch-size", batch_size, "--max-length", max_length)
     with stdout_for(as_json) as print_json, hardware_errors(f"{lower}; {_STREAM}"):
@@ -372,7 +372,7 @@ def replay(
     as_json: AsJSON = False,
 ) -> None:
     """Rebuild the tuned scales from the journal, without the model."""
-    from qzo.replay import replay as rebuild
+    from qzo.run.output.replay import replay as rebuild
 
     with stdout_for(as_json) as print_json:
         with progress_bar("rebuilding the scales"):
@@ -387,7 +387,7 @@ def compact(
     as_json: AsJSON = False,
 ) -> None:
     """Write the compact form of a journal: all that replay and export need."""
-    from qzo.compact_journal import open_record, write_compact
+    from qzo.run.journal.compact import open_record, write_compact
 
     _check_compact_name(out)
     with stdout_for(as_json) as print_json:
@@ -415,7 +415,7 @@ def export(
     as_json: AsJSON = False,
 ) -> None:
     """Write the full checkpoint with the tuned scales, all else byte for byte."""
-    from qzo.export import export as write
+    from qzo.run.output.export import export as write
 
     with stdout_for(as_json) as print_json, hardware_errors("free some memory"):
         with progress_bar("reading the base") as progress:
@@ -457,17 +457,17 @@ def generate(
 ) -> None:
     """Continue a text, or answer a user with --chat; greedily."""
     _check_system(system, is_chat=bool(chat))
-    from qzo.adapter import open_adapter
-    from qzo.batch_shape import BatchShape
-    from qzo.chat_prompt import chat_prompt, has_chat_template
-    from qzo.checkpoint import open_checkpoint
-    from qzo.encoding import encode_prompt
-    from qzo.generation import AUTO_STOP
-    from qzo.generation import generate as run
-    from qzo.inference import load_for_inference
-    from qzo.model import load_tokenizer
-    from qzo.placement import placement
-    from qzo.progress import loading_progress
+    from qzo.checkpoint.checkpoint import open_checkpoint
+    from qzo.console.progress import loading_progress
+    from qzo.data.chat_prompt import chat_prompt, has_chat_template
+    from qzo.data.tokenize import encode_prompt
+    from qzo.model.generate import AUTO_STOP
+    from qzo.model.generate import generate as run
+    from qzo.model.load import load_tokenizer
+    from qzo.model.placement import placement
+    from qzo.plan.batch_shape import BatchShape
+    from qzo.run.inference import load_for_inference
+    from qzo.run.output.adapter import open_adapter
 
     lower = _lower("--max-new-tokens", max_new_tokens)
     with stdout_for(as_json) as print_json, hardware_errors(f"{lower}; {_STREAM}"):

@@ -24,14 +24,14 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor
 
-from qzo.adapter import open_adapter
-from qzo.compact_journal import open_record
-from qzo.encoding import EncodedExample
-from qzo.model import load_tokenizer
-from qzo.recipe_file import read_recipe
-from qzo.run import base_checkpoint, data_sets, load_model
-from qzo.snapshots import read_snapshot
-from qzo.trainer import Trainer
+from qzo.data.tokenize import EncodedExample
+from qzo.model.load import load_tokenizer
+from qzo.run.journal.compact import open_record
+from qzo.run.launch import base_checkpoint, data_sets, load_model
+from qzo.run.output.adapter import open_adapter
+from qzo.run.output.snapshots import read_snapshot
+from qzo.run.recipe.read import read_recipe
+from qzo.run.trainer import Trainer
 
 
 def main() -> None:

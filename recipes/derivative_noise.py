@@ -32,11 +32,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qzo.checkpoint import open_checkpoint
-from qzo.model import load_checkpoint, load_tokenizer, quant_linears
-from qzo.recipe_file import recipe
-from qzo.run import data_sets
-from qzo.trainer import Trainer
+from qzo.checkpoint.checkpoint import open_checkpoint
+from qzo.model.load import load_checkpoint, load_tokenizer, quant_linears
+from qzo.run.launch import data_sets
+from qzo.run.recipe.read import recipe
+from qzo.run.trainer import Trainer
 
 HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 PRECISIONS = [f"{name}{more}" for name in HALVES for more in ("", " + logits", " + stream")]

@@ -11,9 +11,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from qzo.footprint import assumed_quantization
-from qzo.planner import Plan, plan
-from qzo.published import SHAPES
+from qzo.bench.model_shapes import SHAPES
+from qzo.plan.planner import Plan, plan
+from qzo.plan.sizes import assumed_quantization
 
 MODELS = ("llama-2-7b", "llama-2-13b", "llama-3.1-8b", "qwen2.5-7b", "qwen2.5-14b", "qwen2.5-32b")
 PRESETS: dict[str, dict[str, Any]] = {

@@ -19,10 +19,10 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from qzo.model import load_tokenizer
-from qzo.recipe_file import read_recipe
-from qzo.run import base_checkpoint, data_sets, load_model
-from qzo.trainer import Trainer
+from qzo.model.load import load_tokenizer
+from qzo.run.launch import base_checkpoint, data_sets, load_model
+from qzo.run.recipe.read import read_recipe
+from qzo.run.trainer import Trainer
 
 
 def main() -> None:

@@ -25,8 +25,8 @@ from support.runs import (
     write_tokenizer,
 )
 
-from qzo.recipe_file import read_recipe
-from qzo.run import train
+from qzo.run.launch import train
+from qzo.run.recipe.read import read_recipe
 
 
 @dataclass(frozen=True)

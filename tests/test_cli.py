@@ -25,14 +25,15 @@ from support.runs import (
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from typer.main import get_command
 
-from qzo import cli, run
-from qzo.checks import Check, Status
+from qzo import cli
 from qzo.cli import app
-from qzo.doctor import Report
-from qzo.export import export
-from qzo.progress import ProgressCallback, loading_progress
-from qzo.recipe_file import read_recipe
-from qzo.run import base_checkpoint
+from qzo.console.checks import Check, Status
+from qzo.console.doctor import Report
+from qzo.console.progress import ProgressCallback, loading_progress
+from qzo.run import launch as run
+from qzo.run.launch import base_checkpoint
+from qzo.run.output.export import export
+from qzo.run.recipe.read import read_recipe
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     base = tiny_checkpoint(folder / "base")
     data = write_lines(folder / "data.jsonl", RECORDS)
     recipe = write_recipe(folder / "recipe.yaml", base, data, folder / "run")
-    from qzo.recipe_file import read_recipe
-    from qzo.run import train
+    from qzo.run.launch import train
+    from qzo.run.recipe.read import read_recipe
 
     train(read_recipe(recipe))
     return Place(base, data, folder / "run")
@@ -115,7 +116,7 @@ def test_doctor_fails_where_a_check_fails(
     qzo: Run, monkeypatch: pytest.MonkeyPatch, status: Status, code: int
 ) -> None:
     report = Report((Check("packages", "torch", status, "found", "do this"),))
-    monkeypatch.setattr("qzo.doctor.doctor", lambda: report)
+    monkeypatch.setattr("qzo.console.doctor.doctor", lambda: report)
 
     ran = qzo("doctor", "--json")
 
@@ -331,7 +332,7 @@ def test_what_reads_or_writes_all_of_a_checkpoint_shows_its_progress(
     def shown(*arguments: Any) -> str:
         file = io.StringIO()
         monkeypatch.setattr(
-            "qzo.terminal.stderr_console",
+            "qzo.console.terminal.stderr_console",
             lambda: Console(file=file, force_terminal=True, width=100),
         )
         ran = qzo(*arguments, "--json")
@@ -360,7 +361,7 @@ def test_an_export_tells_what_it_does(place: Place, tmp_path: Path) -> None:
 
 def test_a_bar_appears_where_loading_takes_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
     def shown(patience: float, **keys: bool) -> str:
-        monkeypatch.setattr("qzo.progress._PATIENCE", patience)
+        monkeypatch.setattr("qzo.console.progress._PATIENCE", patience)
         console = Console(file=io.StringIO(), force_terminal=True, width=100)
         with loading_progress(console, **{"is_silent": False, **keys}) as show:
             show(1, 2, "quantizing")
@@ -582,7 +583,7 @@ def test_an_interrupt_is_one_line_and_exits_1(
     def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("qzo.run.split_records", interrupt)
+    monkeypatch.setattr("qzo.run.launch.split_records", interrupt)
     recipe = write_recipe(tmp_path / "r.yaml", place.base, place.data, tmp_path / "run")
 
     ran = qzo("train", recipe, "--json")

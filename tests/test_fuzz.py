@@ -25,19 +25,19 @@ from support.runs import RECORDS, tiny_checkpoint, tiny_trainer, write_lines
 
 from quantizers.errors import FormatError
 from quantizers.weight import QuantizedWeight
-from qzo.adapter import open_adapter, tuned_weight
-from qzo.checkpoint import open_checkpoint
-from qzo.compact_journal import open_record, write_compact
+from qzo.checkpoint.checkpoint import open_checkpoint
+from qzo.checkpoint.inspect import inspect
+from qzo.data.records import read_records
 from qzo.errors import ConfigError, QZOError
-from qzo.inspect_checkpoint import inspect
-from qzo.journal import Journal
-from qzo.metrics import Metrics
-from qzo.planner import plan
-from qzo.recipe_file import read_recipe
-from qzo.records import read_records
-from qzo.replay import replay
-from qzo.run_folder import read_reference
-from qzo.snapshots import read_snapshot
+from qzo.plan.planner import plan
+from qzo.run.folder import read_reference
+from qzo.run.journal.compact import open_record, write_compact
+from qzo.run.journal.journal import Journal
+from qzo.run.output.adapter import open_adapter, tuned_weight
+from qzo.run.output.metrics import Metrics
+from qzo.run.output.replay import replay
+from qzo.run.output.snapshots import read_snapshot
+from qzo.run.recipe.read import read_recipe
 
 SECONDS = 2.0
 BYTES = 500 * 2**20

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from quantizers.weight import dequantize
-from qzo.checkpoint import Checkpoint
-from qzo.encoding import EncodedExample
+from qzo.checkpoint.checkpoint import Checkpoint
+from qzo.data.tokenize import EncodedExample
 
 Batch = tuple[Int[Tensor, "rows width"], Int[Tensor, "rows answers"], Int[Tensor, "rows answers"]]
 

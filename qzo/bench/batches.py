@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from qzo.encoding import Candidate, EncodedExample
+from qzo.data.tokenize import Candidate, EncodedExample
 from qzo.errors import ConfigError
 
 ANSWER_TOKENS = 4

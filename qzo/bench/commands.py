@@ -10,8 +10,8 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from qzo.console.terminal import AsJSON, console, stderr_console, stdout_for
 from qzo.errors import ConfigError
-from qzo.terminal import AsJSON, console, stderr_console, stdout_for
 
 app = typer.Typer(
     name="bench",
@@ -257,9 +257,9 @@ def converge(
     those reported. Called again, it goes on where it was stopped; finished runs are not repeated.
     Written are results.json, results.md, a plot of every task, index.html, and every run's folder.
     """
-    from qzo.bench.converge import converge as run
-    from qzo.bench.converge_report import write_report
-    from qzo.bench.suite import read_suite
+    from qzo.bench.converge.converge import converge as run
+    from qzo.bench.converge.report import write_report
+    from qzo.bench.converge.suite import read_suite
 
     place = folder or Path("runs") / "converge" / suite.stem
     with stdout_for(as_json) as print_json, _spoken(is_silent=as_json) as say:
@@ -307,7 +307,7 @@ def _synthetic(
     folder: Path | None,
     progress: Callable[[str], None],
 ) -> str:
-    from qzo.synthetic import Synthetic, synthetic_checkpoint
+    from qzo.bench.synthetic import Synthetic, synthetic_checkpoint
 
     what = Synthetic(shape, format_name, group_size)
     progress(f"checkpoint {what.name}")

@@ -34,9 +34,9 @@ from quantizers.weight import QuantizedWeight, dequantize
 from qzo.bench.baselines import linear4bit
 from qzo.bench.device_clock import call_seconds, num_copies
 from qzo.bench.machine import hardware, versions
+from qzo.bench.synthetic import random_weight
 from qzo.errors import ConfigError
-from qzo.linear import Live, Multipliers, ProbeScales, QuantLinear
-from qzo.synthetic import random_weight
+from qzo.model.linear import Live, Multipliers, ProbeScales, QuantLinear
 
 Layer = Callable[[Tensor], Tensor]
 Progress = Callable[[str], None]
@@ -190,7 +190,7 @@ def _tiles(source: Source) -> Layer:
 
 
 def _triton(source: Source, name: str) -> Layer:
-    product = getattr(import_module("qzo.triton_product"), name)
+    product = getattr(import_module("qzo.model.kernels.triton_product"), name)
     weight = source.gptq.to(source.device)
     assert isinstance(weight, GPTQWeight)
     scales = [weight.scales]

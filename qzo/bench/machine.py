@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from qzo.checks import installed_version
-from qzo.doctor import num_cores
+from qzo.console.checks import installed_version
+from qzo.console.doctor import num_cores
 from qzo.version import __version__
 
 _PACKAGES = ("torch", "transformers", "bitsandbytes", "numpy", "safetensors")

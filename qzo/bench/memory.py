@@ -16,12 +16,12 @@ import torch
 from qzo.bench.clock import interleaved
 from qzo.bench.machine import hardware, versions
 from qzo.bench.training_run import RunResult, RunSettings, run_apart
-from qzo.checkpoint import open_checkpoint
-from qzo.files import read_json
-from qzo.memory import parse_memory
-from qzo.placement import DTYPES
-from qzo.planner import Plan, plan
-from qzo.shapes import build_skeleton, head_name, linear_shapes
+from qzo.checkpoint.atomic import read_json
+from qzo.checkpoint.checkpoint import open_checkpoint
+from qzo.model.memory import parse_memory
+from qzo.model.placement import DTYPES
+from qzo.plan.planner import Plan, plan
+from qzo.plan.shapes import build_skeleton, head_name, linear_shapes
 
 PRODUCT_REPEATS = 3
 

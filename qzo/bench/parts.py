@@ -17,8 +17,8 @@ import torch
 
 from quantizers.weight import QuantizedWeight
 from qzo.bench.clock import wait_for
-from qzo.linear import QuantLinear
-from qzo.scales import Scales
+from qzo.method.trained_vector import Scales
+from qzo.model.linear import QuantLinear
 
 PARTS = ("dequantize", "product", "directions", "update", "journal", "other")
 

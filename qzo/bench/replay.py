@@ -14,15 +14,15 @@ from typing import Any
 import torch
 
 from qzo.bench.machine import hardware, versions
-from qzo.compact_journal import COMPACT_NAME, CompactJournal, write_compact
-from qzo.directions import GENERATOR
 from qzo.errors import QZOError
-from qzo.estimators import SPSA
-from qzo.journal import NAME, Journal
-from qzo.journal_lines import Record
-from qzo.optimizers import RULES, make_optimizer
-from qzo.replay import apply_journal
-from qzo.scales import Scales
+from qzo.method.directions.philox import GENERATOR
+from qzo.method.estimators import SPSA
+from qzo.method.optimizers import RULES, make_optimizer
+from qzo.method.trained_vector import Scales
+from qzo.run.journal.compact import COMPACT_NAME, CompactJournal, write_compact
+from qzo.run.journal.journal import NAME, Journal
+from qzo.run.journal.lines import Record
+from qzo.run.output.replay import apply_journal
 
 _ROWS, _MARK_STEPS, _SEED = 1000, 100, 0
 

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 
 from qzo.bench.machine import hardware, versions
+from qzo.bench.synthetic import Synthetic, synthetic_checkpoint
 from qzo.bench.training_run import RunSettings, run_apart
+from qzo.checkpoint.atomic import new_file
 from qzo.errors import ConfigError
-from qzo.files import new_file
-from qzo.synthetic import Synthetic, synthetic_checkpoint
 
 ROW_TOKENS = 64
 QUANTITIES = ("seconds_per_step", "peak_resident", "peak_anonymous")

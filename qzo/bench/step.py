@@ -42,14 +42,14 @@ from qzo.bench.batches import ANSWER_TOKENS, MIXED_LENGTHS, random_examples, row
 from qzo.bench.clock import Ratio, interleaved, ratio
 from qzo.bench.machine import hardware, versions
 from qzo.bench.parts import PARTS, Stopwatch, timed
-from qzo.checkpoint import open_checkpoint
-from qzo.encoding import EncodedExample
+from qzo.checkpoint.checkpoint import open_checkpoint
+from qzo.data.examples import from_encoded
+from qzo.data.tokenize import EncodedExample
 from qzo.errors import ConfigError
-from qzo.examples import from_encoded
-from qzo.journal import NAME, Journal
-from qzo.model import load_checkpoint, quant_linears
-from qzo.recipe_file import recipe
-from qzo.trainer import Trainer
+from qzo.model.load import load_checkpoint, quant_linears
+from qzo.run.journal.journal import NAME, Journal
+from qzo.run.recipe.read import recipe
+from qzo.run.trainer import Trainer
 
 Progress = Callable[[str], None]
 Part = Callable[[str], AbstractContextManager[None]]

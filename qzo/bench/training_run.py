@@ -26,20 +26,20 @@ from qzo.bench.batches import ANSWER_TOKENS, random_examples
 from qzo.bench.clock import wait_for
 from qzo.bench.process import Peaks, run_watched, seconds_since_start
 from qzo.bench.step import estimator_keys
-from qzo.checkpoint import open_checkpoint
-from qzo.config import Recipe
+from qzo.checkpoint.atomic import read_json, write_json
+from qzo.checkpoint.checkpoint import open_checkpoint
+from qzo.data.examples import from_encoded
 from qzo.errors import ConfigError
-from qzo.examples import from_encoded
-from qzo.files import read_json, write_json
-from qzo.free_memory import cuda_index
-from qzo.journal import NAME, Journal
-from qzo.journal_lines import Step
-from qzo.linear import QuantLinear
-from qzo.memory import parse_memory
-from qzo.model import decoder_blocks
-from qzo.recipe_file import recipe
-from qzo.run import load_model
-from qzo.trainer import Trainer
+from qzo.model.linear import QuantLinear
+from qzo.model.load import decoder_blocks
+from qzo.model.memory import parse_memory
+from qzo.model.streaming.free_memory import cuda_index
+from qzo.run.journal.journal import NAME, Journal
+from qzo.run.journal.lines import Step
+from qzo.run.launch import load_model
+from qzo.run.recipe.keys import Recipe
+from qzo.run.recipe.read import recipe
+from qzo.run.trainer import Trainer
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from qzo.synthetic import Synthetic, synthetic_checkpoint
+from qzo.bench.synthetic import Synthetic, synthetic_checkpoint
 
 NUM_TRAIN, NUM_VALIDATION = 64, 16
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from check_part import Findings, run_part
 
-from qzo.synthetic import Synthetic, synthetic_checkpoint
+from qzo.bench.synthetic import Synthetic, synthetic_checkpoint
 
 PROFILED_LAYERS = 4
 

@@ -7,10 +7,10 @@ import torch
 from check_part import Findings, run_part
 from short_run import examples_for, losses_of, train
 
-from qzo.checkpoint import open_checkpoint
-from qzo.recipe_file import recipe
-from qzo.run_memory import planned_bytes
-from qzo.synthetic import Synthetic, synthetic_checkpoint
+from qzo.bench.synthetic import Synthetic, synthetic_checkpoint
+from qzo.checkpoint.checkpoint import open_checkpoint
+from qzo.run.memory import planned_bytes
+from qzo.run.recipe.read import recipe
 
 LAYERS = 8
 

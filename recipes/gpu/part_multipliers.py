@@ -11,9 +11,9 @@ import torch
 from check_part import Findings, run_part
 
 from quantizers.weight import dequantize
-from qzo.directions import combine, directions
-from qzo.linear import Live, Multipliers, ProbeScales, QuantLinear
-from qzo.synthetic import random_weight
+from qzo.bench.synthetic import random_weight
+from qzo.method.directions.philox import combine, directions
+from qzo.model.linear import Live, Multipliers, ProbeScales, QuantLinear
 
 FACTORS = (1.0005, 1.003, 1.01)
 SLOPE_TOLERANCE = 1.5e-4  # of a factor: a tenth of half a step of bfloat16 near 1

@@ -15,11 +15,11 @@ from torch.profiler import ProfilerActivity, profile
 
 from qzo.bench.batches import random_examples
 from qzo.bench.clock import wait_for
-from qzo.checkpoint import open_checkpoint
-from qzo.examples import from_encoded
-from qzo.recipe_file import recipe
-from qzo.run import load_model
-from qzo.trainer import Trainer
+from qzo.checkpoint.checkpoint import open_checkpoint
+from qzo.data.examples import from_encoded
+from qzo.run.launch import load_model
+from qzo.run.recipe.read import recipe
+from qzo.run.trainer import Trainer
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},

@@ -4,7 +4,7 @@ import json
 import sys
 from pathlib import Path
 
-from qzo.replay import replay
+from qzo.run.output.replay import replay
 
 
 def main() -> None:

@@ -15,14 +15,14 @@ from typing import Any
 from transformers import TrainerCallback
 
 from qzo.bench.batches import random_examples
-from qzo.checkpoint import open_checkpoint
-from qzo.examples import ExampleSet, from_encoded
-from qzo.journal import NAME, Journal
-from qzo.journal_lines import Step
-from qzo.recipe_file import recipe
-from qzo.run import load_model
-from qzo.synthetic import Synthetic, synthetic_checkpoint
-from qzo.trainer import Trainer
+from qzo.bench.synthetic import Synthetic, synthetic_checkpoint
+from qzo.checkpoint.checkpoint import open_checkpoint
+from qzo.data.examples import ExampleSet, from_encoded
+from qzo.run.journal.journal import NAME, Journal
+from qzo.run.journal.lines import Step
+from qzo.run.launch import load_model
+from qzo.run.recipe.read import recipe
+from qzo.run.trainer import Trainer
 
 LENGTHS = (9, 14, 17, 23, 26, 31, 37, 40)  # of the rows of a batch: sums have no round size
 

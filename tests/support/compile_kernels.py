@@ -12,8 +12,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from qzo import triton_directions, triton_kernels
-from qzo.kernel_settings import settings_for
+from qzo.method.directions import triton_kernel as triton_directions
+from qzo.model.kernels import triton_kernels
+from qzo.model.kernels.settings import settings_for
 
 DTYPES = {"plain": ("fp16", "bf16", "fp32"), "zeros": ("fp16",), "index": ("fp16",)}
 LAYOUTS = {

@@ -23,7 +23,7 @@ def read_bomb(path: Path, limit: int) -> tuple[str, int]:
     """Return the refusal of a data file, and the bytes by which reading raised the peak."""
     import pyarrow.parquet  # noqa: F401  # before the measurement
 
-    from qzo import records
+    from qzo.data import records
     from qzo.errors import DataError
 
     records._PARQUET_BYTES_MAX = limit

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import qzo
-from qzo.config import Recipe
-from qzo.encoding import Candidate, EncodedExample
-from qzo.trainer import Trainer
+from qzo.data.tokenize import Candidate, EncodedExample
+from qzo.run.recipe.keys import Recipe
+from qzo.run.trainer import Trainer
 from support.gptq_files import GPTQVariant, read_layer, write_gptq
 from support.models import block_linears, tiny_model
 

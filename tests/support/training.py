@@ -6,11 +6,11 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qzo.encoding import Candidate, EncodedExample
-from qzo.model import quant_linears
-from qzo.probes import Probe
-from qzo.recipe_file import recipe
-from qzo.trainer import Trainer
+from qzo.data.tokenize import Candidate, EncodedExample
+from qzo.method.probes import Probe
+from qzo.model.load import quant_linears
+from qzo.run.recipe.read import recipe
+from qzo.run.trainer import Trainer
 from support.models import logits_of
 
 

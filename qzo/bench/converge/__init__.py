@@ -1,0 +1,1 @@
+"""Optimizers, estimators and step sizes compared at equal forwards: `qzo bench converge`."""

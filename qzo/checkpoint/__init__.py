@@ -1,0 +1,1 @@
+"""What lies on disk: tensors, formats by name, the hub, and writes that are complete or absent."""

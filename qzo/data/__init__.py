@@ -1,0 +1,1 @@
+"""From rows to tokens: records, chat templates, tokenizing, examples, tasks."""

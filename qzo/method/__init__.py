@@ -1,0 +1,1 @@
+"""The paper: probes, directions, estimators, coordinates, optimizers."""

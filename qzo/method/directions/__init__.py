@@ -1,0 +1,1 @@
+"""Seeded random directions: counter-based draws, their distribution and shape."""

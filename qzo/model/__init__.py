@@ -1,0 +1,1 @@
+"""The 4-bit forward: loading, layers, kernels, stacked probes, generation, streaming."""

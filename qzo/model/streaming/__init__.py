@@ -1,0 +1,1 @@
+"""Decoder layers that pass through memory instead of staying in it."""

@@ -1,0 +1,1 @@
+"""Will it fit: bytes by part, before anything runs."""

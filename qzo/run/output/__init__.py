@@ -1,0 +1,1 @@
+"""What a run leaves behind: adapter, snapshots, metrics, card, and the exported checkpoint."""

@@ -1,0 +1,1 @@
+"""What a run is told: keys, presets, which go together, reading."""
