@@ -308,6 +308,7 @@ def check_ratios(entry: dict[str, Any], names: set[str]) -> None:
         assert 0 < entry[name] < math.inf
 
 
+@pytest.mark.slow
 def test_bench_step_prints_every_ratio(qzo: Run, parent: Path) -> None:
     sizes = ("--shape", "tiny", "--tokens", "8,32", "--row-tokens", "16", "--repeats", "1")
     ran = qzo("bench", "step", *sizes, "--dir", parent, "--json")
@@ -328,6 +329,7 @@ def test_bench_step_prints_every_ratio(qzo: Run, parent: Path) -> None:
     assert result["hardware"]["threads"] == torch.get_num_threads()
 
 
+@pytest.mark.slow
 def test_bench_step_prints_tables(qzo: Run, base: Path) -> None:
     ran = qzo("bench", "step", "--model", base, "--tokens", "8", "--repeats", "1")
 

@@ -65,6 +65,7 @@ def test_a_model_for_inference_streams_by_itself_where_memory_is_short(
     assert decoder_blocks(model)[-1]._forward_hooks
 
 
+@pytest.mark.slow
 def test_eval_and_generate_take_the_three_settings(qzo: Run, base: Path, tmp_path: Path) -> None:
     data = write_lines(tmp_path / "data.jsonl", RECORDS)
     evaluate = ("eval", base, "--data", data, "--json")

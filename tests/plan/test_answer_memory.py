@@ -34,6 +34,7 @@ def seven(tmp_path: Path, **keys: Any) -> Plan:
     return plan(tmp_path, device="cuda", max_new_tokens=50, **sizes, **keys)
 
 
+@pytest.mark.slow
 def test_a_reward_on_a_7b_model_fits_24_gib(tmp_path: Path) -> None:
     planned = seven(tmp_path, memory_bytes=24 * GIB)
 
@@ -94,6 +95,7 @@ def test_a_run_with_a_limit_generates_what_fits_into_it(base: Path) -> None:
     assert planned_bytes(given, checkpoint, [data], device).generated_tokens == 2 * width
 
 
+@pytest.mark.slow
 def test_a_run_does_not_depend_on_what_is_generated_together(base: Path, tmp_path: Path) -> None:
     data = write_lines(tmp_path / "data.jsonl", COMPLETIONS)
     reward = tmp_path / "reward.py"
