@@ -2,8 +2,8 @@
 
     python recipes/memory_table.py
 
-GPTQ, 4 bits, group size 128, float16 activations, batches of 16 x 512 tokens. Other batches need
-about as much: a stacked forward has at most 16,384 tokens. Needs no weights and no GPU.
+GPTQ, 4 bits, group size 128, float16 activations, batches of 16 x 512 tokens. Needs no weights and
+no GPU.
 """
 
 import json
