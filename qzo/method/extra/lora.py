@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from qzo.errors import CheckpointError
 from qzo.method.extra.section import Section
 from qzo.method.probes import start_seed
+from qzo.model.kernels.uploads import Resident
 from qzo.model.linear import Live, QuantLinear, token_bounds
 
 _PREFIX = "base_model.model."  # what PEFT puts in front of names
@@ -135,15 +136,16 @@ def adding_low_rank(
                 f"{key}: expected a quantized layer of the model with factors of its sizes, found "
                 "none; the adapter belongs to another base"
             )
-        hooks.append(layer.register_forward_hook(partial(_add_fixed, live, a, b * scaling)))
+        factors = Resident(a[None]), Resident(b[None] * scaling)
+        hooks.append(layer.register_forward_hook(partial(_add_fixed, live, *factors)))
     return hooks
 
 
 def _add_fixed(
-    live: Live, a: Tensor, b: Tensor, layer: nn.Module, inputs: Any, y: Tensor
+    live: Live, a: Resident, b: Resident, layer: QuantLinear, inputs: Any, y: Tensor
 ) -> Tensor:
     if live.effective is None:
-        x = inputs[0].reshape(-1, a.shape[1])
-        factors = (a[None].to(x.device), b[None].to(x.device))
-        add_low_rank(x, *factors, (0, len(x)), y.view(-1, len(b)))
+        x = inputs[0].reshape(-1, layer.in_features)
+        factors = (a.on(x.device), b.on(x.device))
+        add_low_rank(x, *factors, (0, len(x)), y.view(-1, layer.out_features))
     return y

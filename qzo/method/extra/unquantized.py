@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from qzo.errors import CheckpointError, ConfigError
 from qzo.method.extra.section import Section
+from qzo.model.kernels.uploads import Resident
 from qzo.model.linear import Live, QuantLinear, token_bounds
 from qzo.model.load import decoder_blocks, quant_linears
 from qzo.model.pretrained import stored_key
@@ -273,12 +274,13 @@ def replacing_tensors(
 
 def _swap(live: Live, module: nn.Module, role: str, tensor: Tensor) -> list[RemovableHandle]:
     own: list[Tensor] = []
+    tuned = Resident(tensor)
 
     def before(_: nn.Module, _inputs: Any) -> None:
         if live.effective is None:
             held = getattr(module, role)
             own.append(held.data)
-            held.data = tensor.to(device=held.device, dtype=held.dtype)
+            held.data = tuned.on(held.device, held.dtype)
 
     def after(_: nn.Module, _inputs: Any, _output: Any) -> None:
         if own:

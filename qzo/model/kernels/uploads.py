@@ -1,4 +1,4 @@
-"""Small tensors that go to a device without making the host wait for it."""
+"""Tensors that go to a device: without making the host wait for it, or once for all forwards."""
 
 import torch
 from torch import Tensor
@@ -13,3 +13,22 @@ def uploaded(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
+
+
+class Resident:
+    """A tensor that stays where it was last asked for, so that a forward does not copy it again.
+
+    Args:
+        tensor: Its values; never modified.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = self._last = tensor
+
+    def on(self, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the tensor on a device, in its own dtype unless another is named."""
+        dtype = dtype or self._tensor.dtype
+        if (self._last.device, self._last.dtype) != (device, dtype):
+            with torch.inference_mode(False):  # it may outlive the mode
+                self._last = self._tensor.to(device=device, dtype=dtype)
+        return self._last
