@@ -3,9 +3,7 @@
 The names below are imported when they are first used, so that ``import qzo`` costs nothing.
 """
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from qzo.version import __version__
@@ -28,17 +26,6 @@ _MODULES = {
     "replay": "qzo.run.output.replay",
     "wrap": "qzo.model.wrap",
 }
-
-
-class _Package(ModuleType):
-    """Keeps ``qzo.wrap`` the function when Python imports the module of that name."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _MODULES and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:

@@ -1,6 +1,6 @@
 import subprocess
 import sys
-from importlib import import_module
+from pkgutil import iter_modules
 
 import pytest
 
@@ -20,10 +20,10 @@ def test_a_public_name_is_callable_every_time(name: str) -> None:
     assert first is second
 
 
-@pytest.mark.parametrize("name", ["export", "replay", "wrap"])
-def test_a_function_goes_before_the_module_of_its_name(name: str) -> None:
-    module = import_module(f"qzo.{name}")
-    assert getattr(qzo, name) is getattr(module, name)
+def test_no_module_takes_the_place_of_a_public_name() -> None:
+    modules = {module.name for module in iter_modules(qzo.__path__)}
+    assert "run" in modules
+    assert not modules & set(NAMES)
 
 
 def test_importing_the_package_imports_no_torch() -> None:
