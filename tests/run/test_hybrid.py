@@ -276,10 +276,10 @@ def test_a_resumed_run_takes_the_number_of_blocks_from_its_journal(
 @pytest.mark.parametrize(
     ("name", "per_step", "start"),
     [
-        ("hybrid", 8 + 1 + 2 / 3, 0),
+        ("hybrid", 2 + 1 + 2 / 3, 0),
         ("relative", 2 + 1 + 4 / 3, 0),
         ("all", 3, 0),
-        ("profile", 8 + 1 + 4 / 3, 12),
+        ("profile", 2 + 1 + 4 / 3, 12),
         ("forward", 4, 0),
     ],
 )

@@ -2,7 +2,7 @@
 
 With ``g = mean_i d_i z_i``, most rules make a direction ``u`` of it and move ``v <- max(v -
 learning_rate * u, 0)``. ``conservative`` is SGD on a derivative that was chosen before it went into
-the journal; see ``qzo.conservative``.
+the journal; see ``estimators.conservative``.
 
 What an optimizer remembers is a function of the steps so far, so that a journal gives it back.
 """
